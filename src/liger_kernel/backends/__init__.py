@@ -1,0 +1,99 @@
+"""One file (or folder) per backend, found by looking in this folder; nothing outside it names a vendor.
+
+A backend is facts about a kind of device, launch numbers, and the few kernels that must differ there. A third party
+adds one through the entry point group `liger_kernel.backends`, whose value is a module with a BACKEND.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+ENTRY_POINT_GROUP = "liger_kernel.backends"
+
+
+def no_triton_here() -> str | None:
+    return "this device runs no Triton"
+
+
+def triton_missing() -> str | None:
+    """Why Triton cannot be imported, or None where it can."""
+    return None if importlib.util.find_spec("triton") else "the package `triton` is not installed"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Everything the rest of the library may ask about a kind of device."""
+
+    name: str
+    device_type: str
+    is_available: Callable[[], bool]
+    why_no_triton: Callable[[], str | None] = no_triton_here  # None: Triton kernels run on this device
+    cores: Callable[[torch.device], int] = lambda device: 1  # units that each run programs: SMs, CUs, vector cores
+    persistent: bool = False  # True: never launch more programs than cores
+    max_programs: int = 2**31 - 1  # largest 1-D grid
+    warp_width: int = 32
+    max_warps: int = 32
+    tile_bytes: int = 256 * 1024  # what the fp32 tiles of one program may take together
+    guard: Callable[[torch.device], contextlib.AbstractContextManager] = lambda device: contextlib.nullcontext()
+    arch: Callable[[torch.device], str] = lambda device: device.type
+    comm: str = "gloo"
+    launch: Mapping[str, object] = field(default_factory=dict)  # extra keywords of every kernel launch
+    default: bool = True  # False: only where LIGER_KERNEL_IMPL names it
+    overrides: Mapping[str, str] = field(default_factory=dict)  # op -> module that defines KERNELS
+
+    def max_block(self, live: int) -> int:
+        """Largest power of two of elements per row block when `live` fp32 tiles of that size exist at once."""
+        return 1 << ((self.tile_bytes // (4 * live)).bit_length() - 1)
+
+
+failures: dict[str, str] = {}  # backend module -> why it could not be loaded
+
+
+@functools.cache
+def all_backends() -> dict[str, Backend]:
+    """Every known backend by name: the files of this folder, then the entry points."""
+    modules = [f"{__name__}.{m.name}" for m in pkgutil.iter_modules(__path__)]
+    modules += [e.value for e in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)]
+    found = {}
+    for module in modules:
+        try:
+            backend = importlib.import_module(module).BACKEND
+        except Exception as error:  # a broken plug-in must not break the library, nor pass unseen
+            failures[module] = f"{type(error).__name__}: {error}"
+        else:
+            found[backend.name] = backend
+    return found
+
+
+_BY_TYPE: dict[str, Backend] = {}
+
+
+def device_of(device: torch.device) -> Backend:
+    """The backend of a device; for a kind nobody has described, one that runs the plain-torch pairs."""
+    backend = _BY_TYPE.get(device.type)
+    return backend if backend is not None else _find(device.type)
+
+
+def _find(device_type: str) -> Backend:
+    candidates = [b for b in all_backends().values() if b.device_type == device_type and b.default]
+    usable = [b for b in candidates if b.is_available()] or candidates
+    backend = usable[0] if usable else Backend(name=device_type, device_type=device_type, is_available=lambda: True)
+    _BY_TYPE[device_type] = backend
+    return backend
+
+
+_find._dynamo_marked_constant = True  # type: ignore[attr-defined]  # looked up while tracing, never traced
+
+
+def current() -> Backend:
+    """The backend of the accelerator of this process, or the CPU's where there is none."""
+    order = [b for b in all_backends().values() if b.default and b.device_type != "cpu" and b.is_available()]
+    return order[0] if order else all_backends()["cpu"]

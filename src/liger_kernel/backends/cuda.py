@@ -1,0 +1,41 @@
+"""NVIDIA GPUs."""
+
+import contextlib
+import functools
+
+import torch
+
+from liger_kernel.backends import Backend, triton_missing
+
+
+@functools.cache
+def _properties(index: int):
+    return torch.cuda.get_device_properties(index)
+
+
+def properties(device: torch.device):
+    return _properties(device.index if device.index is not None else torch.cuda.current_device())
+
+
+def guard(device: torch.device) -> contextlib.AbstractContextManager:
+    """Make `device` current. A context manager costs microseconds, so none is entered where it already is."""
+    if device.index is None or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def _arch(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+BACKEND = Backend(
+    name="cuda",
+    device_type="cuda",
+    is_available=lambda: torch.version.hip is None and torch.cuda.is_available(),
+    why_no_triton=triton_missing,
+    cores=lambda device: properties(device).multi_processor_count,
+    guard=guard,
+    arch=_arch,
+    comm="nccl",
+)

@@ -1,0 +1,42 @@
+"""Public op names, one line per op. Importing this package imports no kernel and no room."""
+
+from liger_kernel._lazy import lazy_names
+
+# room -> the names it offers
+EXPORTS: dict[str, tuple[str, ...]] = {
+    "rms_norm": ("LigerRMSNormFunction", "rms_norm_backward", "rms_norm_forward"),
+}
+
+# Names of the liger-kernel interface that are still to come.
+NOT_BUILT = (
+    "LigerAttnResFunction", "attn_res_backward", "attn_res_forward",
+    "LigerDyTFunction",
+    "LigerEmbeddingFunction",
+    "LigerFusedCETVDFunction", "fused_ce_tvd_backward", "fused_ce_tvd_forward",
+    "LigerFusedLinearJSDFunction", "fused_linear_jsd_backward", "fused_linear_jsd_forward",
+    "LigerFusedLinearKLDivFunction", "fused_linear_kl_div_backward", "fused_linear_kl_div_forward",
+    "LigerFusedLinearScaledCrossEntropyFunction", "LigerFusedLinearScaledCrossEntropyTPFunction",
+    "LigerFusedMoEFunction",
+    "LigerFusedNeighborhoodAttentionFunction",
+    "LigerGroupNormFunction", "group_norm_backward", "group_norm_forward",
+    "GrpoLossFunction",
+    "LigerJSDFunction", "jsd_backward", "jsd_forward",
+    "LigerKLDivLossFunction",
+    "LigerLlama4RopeFunction",
+    "LigerMHCCoeffsFunction", "LigerMHCPostResFunction", "LigerMHCPreFunction",
+    "LigerMLPFunction",
+    "LigerModulatedRMSNormFunction", "modulated_rms_norm_backward", "modulated_rms_norm_forward",
+    "LigerMultiTokenAttentionFunction",
+    "LigerPolyNormFunction", "poly_norm_backward", "poly_norm_forward",
+    "LigerQwen2VLMRopeFunction",
+    "LigerReLUSquaredFunction", "relu_squared_backward", "relu_squared_forward",
+    "LigerSoftmaxFunction",
+    "LigerSparsemaxFunction",
+    "LigerTiledMLPFunction", "apply_tiled_mlp",
+    "LigerTVDLossFunction",
+    "LigerVocabParallelCEFunction",
+)  # fmt: skip
+
+__all__, __getattr__ = lazy_names(
+    __name__, {f"{__name__}.{room}": names for room, names in EXPORTS.items()}, NOT_BUILT
+)

@@ -1,0 +1,191 @@
+"""What every op room is made of: a Kernels pair behind one autograd Function, and a Contract the test suite reads.
+
+A device replaces the pair (tensors in, tensors out), never the Function, so a public signature is written once.
+Three sources of a pair, in this order: the backend's override, the op's Triton kernels, the room's torch pair.
+`LIGER_KERNEL_IMPL` or `set_impl` forces one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from liger_kernel import backends
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The unit a device may replace. Both halves move together: what forward saves, backward reads."""
+
+    forward: Callable
+    backward: Callable
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op."""
+
+    args: tuple
+    kwargs: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Contract:
+    """How to call an op, what it must equal, and what it must move. Read by the tests and by the benchmark.
+
+    call(*args, **kwargs) and reference(*args, **kwargs) return a tensor or a tuple of tensors and Nones, in one order.
+    reference is differentiable and keeps fp64; every floating tensor of args takes a gradient.
+    timed(dtype, device) gives the named calls that are benchmarked and compiled offline.
+    bytes_moved(*args, **kwargs) counts forward and backward, each input read once and each output written once.
+    """
+
+    call: Callable
+    reference: Callable
+    cases: Callable[[torch.dtype, torch.device], list[Case]]
+    timed: Callable[[torch.dtype, torch.device], dict[str, Case]]
+    bytes_moved: Callable[..., int]
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """Which pair runs an op on a device, and why."""
+
+    kernels: Kernels
+    source: str
+    why: str
+
+
+# Names other projects set that mean "the default" here: they choose among kernel languages we do not need.
+_ELSEWHERE = {"cutile", "cutedsl", "cute"}
+_DEFAULT = ("", "auto", "default")
+
+_forced: str | None = os.environ.get("LIGER_KERNEL_IMPL") or None
+_resolved: dict[tuple[str, str], Kernels] = {}
+
+
+def kernels(op: str, x: torch.Tensor) -> Kernels:
+    """The pair that runs `op` on a tensor like `x`; resolved once per device type, a dict lookup afterwards."""
+    if x.dtype is torch.float64:  # the kernels compute in fp32; fp64 keeps its precision in the torch pair
+        return _torch_pair(op)
+    device_type = x.device.type
+    found = _resolved.get((op, device_type))
+    return found if found is not None else _resolve(op, device_type)
+
+
+def _resolve(op: str, device_type: str) -> Kernels:
+    pair = _resolved[op, device_type] = resolve(op, device_type).kernels
+    return pair
+
+
+_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]  # resolved while tracing, never traced
+
+
+def resolve(op: str, device_type: str) -> Resolution:
+    """Find the pair and say why it is this one. Raises ValueError or RuntimeError for a forced one that cannot run."""
+    backend = backends.device_of(torch.device(device_type))
+    wanted = _wanted()
+    if wanted == "torch":
+        return Resolution(_torch_pair(op), "torch", "asked for")
+    if wanted == "triton":
+        return _triton(op, backend, "asked for", forced=True)
+    if wanted is not None:
+        return _of_backend(op, device_type, backends.all_backends()[wanted])
+    if op in backend.overrides:
+        return Resolution(_load(backend.overrides[op]), backend.name, "the backend's own kernels")
+    return _triton(op, backend, "the device runs Triton", forced=False)
+
+
+def _triton(op: str, backend: backends.Backend, why: str, forced: bool) -> Resolution:
+    reason = backend.why_no_triton()
+    if reason is None and not _has_triton_pair(op):
+        reason = "the op has no Triton kernels"
+    if reason is None and not forced and backend.name == "cpu":
+        reason = "on a CPU the torch pair is faster than Triton's interpreter"
+    if reason is None:
+        return Resolution(_load(f"liger_kernel.ops.kernels.{op}"), "triton", why)
+    if forced:
+        raise RuntimeError(f"LIGER_KERNEL_IMPL='triton' cannot run {op} on {backend.device_type}: {reason}")
+    return Resolution(_torch_pair(op), "torch", reason)
+
+
+def _of_backend(op: str, device_type: str, backend: backends.Backend) -> Resolution:
+    if backend.device_type != device_type:
+        raise RuntimeError(
+            f"LIGER_KERNEL_IMPL={backend.name!r} runs on {backend.device_type!r} devices and cannot run {op} on "
+            f"{device_type!r}"
+        )
+    if not backend.is_available():
+        raise RuntimeError(f"LIGER_KERNEL_IMPL={backend.name!r} cannot run {op}: no such device is available here")
+    if op in backend.overrides:
+        return Resolution(_load(backend.overrides[op]), backend.name, "asked for")
+    return _triton(op, backend, f"backend {backend.name!r} was asked for and has no kernel of its own", forced=False)
+
+
+def _wanted() -> str | None:
+    """The forced implementation: None for the default, else a known name. Raises ValueError for an unknown one."""
+    global _forced
+    if _forced is None or _forced in _DEFAULT:
+        return None
+    if _forced in _ELSEWHERE:
+        warnings.warn(f"LIGER_KERNEL_IMPL={_forced!r} is not needed here; the default kernels are used", stacklevel=3)
+        _forced = None
+        return None
+    known = ["torch", "triton", *backends.all_backends()]
+    if _forced not in known:
+        raise ValueError(f"LIGER_KERNEL_IMPL={_forced!r} is not one of {sorted(known)}")
+    return _forced
+
+
+def _torch_pair(op: str) -> Kernels:
+    return importlib.import_module(f"liger_kernel.ops.{op}").TORCH
+
+
+def _load(module: str) -> Kernels:
+    return importlib.import_module(module).KERNELS
+
+
+def _has_triton_pair(op: str) -> bool:
+    return importlib.util.find_spec(f"liger_kernel.ops.kernels.{op}") is not None
+
+
+def upcast(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype the mathematics is done in: fp32, or fp64 where x is."""
+    return x if x.dtype is torch.float64 else x.float()
+
+
+# Public: which implementation runs
+
+
+def set_impl(name: str | None) -> None:
+    """Force an implementation for every op of this process: "torch", "triton", a backend's name, None for the default.
+
+    Raises ValueError for an unknown name. Call it between training steps, not between a forward and its backward.
+    """
+    global _forced
+    before, _forced = _forced, name
+    try:
+        _wanted()
+    except ValueError:
+        _forced = before
+        raise
+    _resolved.clear()
+
+
+def get_impl() -> str | None:
+    """The forced implementation, or None where each op uses the default of its device."""
+    return _forced
+
+
+def available_impls(op: str, device: torch.device | str | None = None) -> list[str]:
+    """Names that `set_impl` would accept for `op` on `device` (default: this process's accelerator, else the CPU)."""
+    backend = backends.device_of(torch.device(device)) if device is not None else backends.current()
+    names = [backend.name] if op in backend.overrides else []
+    if backend.why_no_triton() is None and _has_triton_pair(op):
+        names.append("triton")
+    return [*names, "torch"]

@@ -1,0 +1,92 @@
+"""What the kernels share: how rows are cut into tiles, how a program is launched, and small jitted pieces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from liger_kernel.backends import device_of
+
+
+@dataclass(frozen=True)
+class RowTiles:
+    """How R rows of N columns are cut: tiles of `rows` x `block`, `num_warps` each, over `programs` programs.
+
+    loop is True where a row does not fit one block and the kernel walks its columns.
+    """
+
+    rows: int
+    block: int
+    loop: bool
+    num_warps: int
+    programs: int
+
+    @classmethod
+    def choose(
+        cls, n_rows: int, n_cols: int, device: torch.device, live: int, waves: int | None = None, elements: int = 2048
+    ) -> RowTiles:
+        """`live` fp32 tiles exist at once. waves=None: a program per tile; else about that many programs per core.
+
+        elements: what a tile of short rows should hold at least, so that a program has enough to load.
+        """
+        backend = device_of(device)
+        block = min(triton.next_power_of_2(n_cols), backend.max_block(live))
+        rows = max(1, elements // block)
+        # 16 fp32 per lane: four 16-byte loads of bf16 pairs in flight
+        num_warps = min(max(rows * block // (backend.warp_width * 16), 1), backend.max_warps)
+        programs = triton.cdiv(n_rows, rows)
+        limit = backend.max_programs
+        if backend.persistent or waves is not None:
+            limit = min(limit, backend.cores(device) * (1 if backend.persistent else waves))
+        return cls(rows, block, block < n_cols, num_warps, max(1, min(programs, limit)))
+
+
+def launch(kernel, programs: int, device: torch.device, *args, **meta) -> None:
+    """Run `programs` programs of a kernel on `device`, whatever device is current."""
+    backend = device_of(device)
+    with backend.guard(device):
+        kernel[(programs,)](*args, **meta, **backend.launch)
+
+
+def as_rows(x: torch.Tensor) -> tuple[int, int]:
+    """(R, N) of a tensor seen as R rows of N = x.shape[-1] columns."""
+    n_cols = x.shape[-1]
+    return (x.numel() // n_cols if n_cols else 0), n_cols
+
+
+@triton.jit
+def int64(index):
+    """A loop index as a 64-bit scalar, before it meets a size; the interpreter's loop index is a plain int."""
+    return tl.full((), index, tl.int64)
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """x as it would be after a store in DTYPE, in fp32 again."""
+    return x.to(DTYPE).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["P"])
+def _sum_rows_kernel(Partial, Out, P, N, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for first in range(0, P, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        mask = (rows < P)[:, None] & (cols < N)[None, :]
+        total += tl.load(Partial + rows[:, None] * N + cols[None, :], mask=mask, other=0.0)
+    tl.store(Out + cols, tl.sum(total, axis=0).to(Out.dtype.element_ty), mask=cols < N)
+
+
+def sum_rows(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(P, N) fp32 partial sums -> (N,) in `dtype`, always added in the same order."""
+    n_partials, n_cols = partial.shape
+    out = torch.empty(n_cols, dtype=dtype, device=partial.device)
+    block = 64
+    launch(
+        _sum_rows_kernel, triton.cdiv(n_cols, block), partial.device,
+        partial, out, n_partials, n_cols, BLOCK=block, ROWS=32, num_warps=4,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,188 @@
+"""RMSNorm in Triton; the mathematics is in liger_kernel.ops.rms_norm."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from liger_kernel.ops.core import Kernels
+from liger_kernel.ops.kernels.blocks import RowTiles, as_rows, int64, launch, rounded, sum_rows
+from liger_kernel.ops.rms_norm import CASTING
+
+
+# Kernels: Capital = memory, lower case = registers, ALL_CAPS = compile time.
+
+
+@triton.jit
+def _rstd(sum_sq, N, EPS: tl.constexpr, CAST: tl.constexpr, DTYPE: tl.constexpr):
+    if CAST == -1:  # every step of "none" is rounded to the input dtype, as torch does it
+        return rounded(tl.rsqrt(rounded(rounded(sum_sq / N, DTYPE) + EPS, DTYPE)), DTYPE)
+    else:
+        return tl.rsqrt(sum_sq / N + EPS)
+
+
+@triton.jit
+def _square(x, CAST: tl.constexpr, DTYPE: tl.constexpr):
+    if CAST == -1:
+        return rounded(x * x, DTYPE)
+    else:
+        return x * x
+
+
+@triton.jit
+def _scale(x, rstd, W, cols, mask, OFFSET: tl.constexpr, CAST: tl.constexpr, DTYPE: tl.constexpr):
+    y = x * rstd
+    if CAST <= 0:
+        y = rounded(y, DTYPE)
+    if W is not None:
+        w = tl.load(W + cols, mask=mask, other=0.0)
+        if CAST == 1:
+            y = y * (OFFSET + w.to(tl.float32))
+        else:
+            y = y * rounded(OFFSET + w.to(tl.float32), w.dtype)
+    return y
+
+
+@triton.jit(do_not_specialize=["R"])
+def _forward_kernel(
+    X, W, Y, Rstd, R, N,
+    EPS: tl.constexpr, OFFSET: tl.constexpr, CAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    LOOP: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = X.dtype.element_ty
+    row = tl.arange(0, ROWS)[:, None]
+    for tile in range(tl.program_id(0), tl.cdiv(R, ROWS), tl.num_programs(0)):
+        base = int64(tile) * ROWS * N
+        live = tile * ROWS + row < R
+        if LOOP:
+            sum_sq = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+            for start in range(0, N, BLOCK):
+                cols = start + tl.arange(0, BLOCK)[None, :]
+                x = tl.load(X + base + row * N + cols, mask=live & (cols < N), other=0.0).to(tl.float32)
+                sum_sq += _square(x, CAST, DTYPE)
+            rstd = _rstd(tl.sum(sum_sq, axis=1)[:, None], N, EPS, CAST, DTYPE)
+            for start in range(0, N, BLOCK):
+                cols = start + tl.arange(0, BLOCK)[None, :]
+                mask = live & (cols < N)
+                x = tl.load(X + base + row * N + cols, mask=mask, other=0.0).to(tl.float32)
+                y = _scale(x, rstd, W, cols, cols < N, OFFSET, CAST, DTYPE)
+                tl.store(Y + base + row * N + cols, y.to(Y.dtype.element_ty), mask=mask)
+        else:
+            cols = tl.arange(0, BLOCK)[None, :]
+            mask = live & (cols < N)
+            x = tl.load(X + base + row * N + cols, mask=mask, other=0.0).to(tl.float32)
+            rstd = _rstd(tl.sum(_square(x, CAST, DTYPE), axis=1)[:, None], N, EPS, CAST, DTYPE)
+            y = _scale(x, rstd, W, cols, cols < N, OFFSET, CAST, DTYPE)
+            tl.store(Y + base + row * N + cols, y.to(Y.dtype.element_ty), mask=mask)
+        tl.store(Rstd + tile * ROWS + row, rstd, mask=live)
+
+
+@triton.jit
+def _x_hat(x, rstd, CAST: tl.constexpr, DTYPE: tl.constexpr):
+    if CAST <= 0:  # what the weight was multiplied with in the forward
+        return rounded(x * rstd, DTYPE)
+    else:
+        return x * rstd
+
+
+@triton.jit(do_not_specialize=["R"])
+def _backward_kernel(
+    dY, X, W, Rstd, dX, dW, R, N,
+    OFFSET: tl.constexpr, CAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = X.dtype.element_ty
+    pid = tl.program_id(0)
+    row = tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, BLOCK)[None, :]
+    if not LOOP:
+        if W is not None:
+            w = OFFSET + tl.load(W + cols, mask=cols < N, other=0.0).to(tl.float32)
+        if dW is not None:
+            dw = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+
+    for tile in range(pid, tl.cdiv(R, ROWS), tl.num_programs(0)):
+        base = int64(tile) * ROWS * N
+        live = tile * ROWS + row < R
+        rstd = tl.load(Rstd + tile * ROWS + row, mask=live, other=0.0)
+        if LOOP:
+            dot = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+            for start in range(0, N, BLOCK):
+                mask = live & (start + cols < N)
+                x = tl.load(X + base + row * N + start + cols, mask=mask, other=0.0).to(tl.float32)
+                m = tl.load(dY + base + row * N + start + cols, mask=mask, other=0.0).to(tl.float32)
+                if W is not None:
+                    m *= OFFSET + tl.load(W + start + cols, mask=start + cols < N, other=0.0).to(tl.float32)
+                dot += m * x
+            mean = tl.sum(dot, axis=1)[:, None] / N
+            for start in range(0, N, BLOCK):
+                mask = live & (start + cols < N)
+                x = tl.load(X + base + row * N + start + cols, mask=mask, other=0.0).to(tl.float32)
+                dy = tl.load(dY + base + row * N + start + cols, mask=mask, other=0.0).to(tl.float32)
+                m = dy
+                if W is not None:
+                    m *= OFFSET + tl.load(W + start + cols, mask=start + cols < N, other=0.0).to(tl.float32)
+                dx = rstd * (m - x * (rstd * rstd * mean))
+                tl.store(dX + base + row * N + start + cols, dx.to(dX.dtype.element_ty), mask=mask)
+                if dW is not None:  # this program's own row of partial sums, in memory: no row of it fits a block
+                    partial = dW + pid.to(tl.int64) * N + start + cols
+                    dw = tl.load(partial, mask=start + cols < N, other=0.0)
+                    dw += tl.sum(dy * _x_hat(x, rstd, CAST, DTYPE), axis=0)[None, :]
+                    tl.store(partial, dw, mask=start + cols < N)
+            tl.debug_barrier()  # the next row reads these partial sums
+        else:
+            mask = live & (cols < N)
+            x = tl.load(X + base + row * N + cols, mask=mask, other=0.0).to(tl.float32)
+            dy = tl.load(dY + base + row * N + cols, mask=mask, other=0.0).to(tl.float32)
+            m = dy
+            if W is not None:
+                m *= w
+            mean = tl.sum(m * x, axis=1)[:, None] / N
+            dx = rstd * (m - x * (rstd * rstd * mean))
+            tl.store(dX + base + row * N + cols, dx.to(dX.dtype.element_ty), mask=mask)
+            if dW is not None:
+                dw += dy * _x_hat(x, rstd, CAST, DTYPE)
+
+    if not LOOP and dW is not None:
+        tl.store(dW + pid.to(tl.int64) * N + cols, tl.sum(dw, axis=0)[None, :], mask=cols < N)
+
+
+# Launchers
+
+
+def rms_norm_forward(x, w, eps, offset, casting_mode, out_dtype):
+    """x: (..., N) contiguous -> y like x in out_dtype, rstd (R,) in fp32."""
+    rows, cols = as_rows(x)
+    y = torch.empty_like(x, dtype=out_dtype)
+    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if x.numel():
+        tiles = RowTiles.choose(rows, cols, x.device, live=2)
+        launch(
+            _forward_kernel, tiles.programs, x.device,
+            x, w, y, rstd, rows, cols, EPS=eps, OFFSET=offset, CAST=CASTING[casting_mode],
+            ROWS=tiles.rows, BLOCK=tiles.block, LOOP=tiles.loop, num_warps=tiles.num_warps,
+        )  # fmt: skip
+    return y, rstd
+
+
+def rms_norm_backward(dy, x, w, rstd, offset, casting_mode, in_place, needs_dw):
+    """dy, x: (..., N) contiguous -> dx like x, dw like w (or None). in_place may write dx over dy."""
+    rows, cols = as_rows(x)
+    dx = dy if in_place and dy.dtype == x.dtype else torch.empty_like(x)
+    needs_dw = needs_dw and w is not None
+    if not x.numel():
+        return dx, torch.zeros_like(w) if needs_dw else None
+    tiles = RowTiles.choose(rows, cols, x.device, live=4, waves=2)
+    partial = None
+    if needs_dw:
+        make = torch.zeros if tiles.loop else torch.empty
+        partial = make(tiles.programs, cols, dtype=torch.float32, device=x.device)
+    launch(
+        _backward_kernel, tiles.programs, x.device,
+        dy, x, w, rstd, dx, partial, rows, cols, OFFSET=offset, CAST=CASTING[casting_mode],
+        ROWS=tiles.rows, BLOCK=tiles.block, LOOP=tiles.loop, num_warps=tiles.num_warps,
+    )  # fmt: skip
+    return dx, sum_rows(partial, w.dtype) if needs_dw else None
+
+
+KERNELS = Kernels(rms_norm_forward, rms_norm_backward)

@@ -1,0 +1,32 @@
+"""The functional forms, `liger_<op>`: each is defined in its op's room and resolved at first use.
+
+Looked up late on this module object: a replaced attribute takes effect in everything that calls it.
+"""
+
+from __future__ import annotations
+
+from liger_kernel._lazy import lazy_names
+
+_OPS = "liger_kernel.ops"
+
+__all__, __getattr__ = lazy_names(
+    __name__,
+    {
+        f"{_OPS}.cross_entropy": ("CrossEntropyOutput", "liger_cross_entropy"),
+        f"{_OPS}.fused_add_rms_norm": ("liger_fused_add_rms_norm",),
+        f"{_OPS}.fused_linear_cross_entropy": ("liger_fused_linear_cross_entropy",),
+        f"{_OPS}.geglu": ("liger_geglu",),
+        f"{_OPS}.layer_norm": ("liger_layer_norm",),
+        f"{_OPS}.rms_norm": ("liger_rms_norm",),
+        f"{_OPS}.rope": ("liger_rope",),
+        f"{_OPS}.swiglu": ("liger_swiglu",),
+    },
+    not_built=(
+        "liger_attn_res", "liger_dyt", "liger_fused_linear_jsd", "liger_fused_linear_kl_div",
+        "liger_fused_linear_scaled_cross_entropy_tp", "liger_fused_neighborhood_attention", "liger_group_norm",
+        "liger_jsd", "liger_kl_div", "liger_mhc_apply", "liger_mhc_coeffs", "liger_mhc_forward",
+        "liger_mhc_post_res", "liger_mhc_pre", "liger_modulated_rms_norm", "liger_multi_token_attention",
+        "liger_poly_norm", "liger_qwen2vl_mrope", "liger_relu_squared", "liger_softmax", "liger_sparsemax",
+        "liger_tvd",
+    ),
+)  # fmt: skip

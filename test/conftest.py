@@ -1,0 +1,58 @@
+"""Shared by every test: the interpreter where there is no GPU, one seed, poisoned memory for op tests."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():  # before the first import of triton: kernels are decorated when they are imported
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
+
+from liger_kernel import backends  # noqa: E402
+from liger_kernel.ops import core  # noqa: E402
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config, items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The accelerator of this machine, or the CPU."""
+    return torch.device(backends.current().device_type)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """torch.empty returns NaN, so an output that a kernel forgot to write cannot pass."""
+    for name in ("empty", "empty_like", "empty_strided"):
+        make = getattr(torch, name)
+
+        def poisoned(*args, _make=make, **kwargs):
+            made = _make(*args, **kwargs)
+            return made.fill_(float("nan")) if made.is_floating_point() else made
+
+        monkeypatch.setattr(torch, name, poisoned)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def impl(request):
+    """Each implementation that runs here: the plain-torch pair, and Triton (in its interpreter on a CPU)."""
+    core.set_impl(request.param)
+    yield request.param
+    core.set_impl(None)

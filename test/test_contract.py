@@ -1,0 +1,139 @@
+"""Every room, every case, both implementations, against its own reference in fp64.
+
+An op that lists itself in ops.EXPORTS and has a CONTRACT is tested here and needs no test of its own for any of this.
+"""
+
+import importlib
+
+import pytest
+import torch
+from support import dtypes
+
+from liger_kernel.ops import EXPORTS
+
+OPS = [op for op in EXPORTS if hasattr(importlib.import_module(f"liger_kernel.ops.{op}"), "CONTRACT")]
+
+# Allowed on top of torch's own rounding error, relative to the largest value of the truth: a few units in the last
+# place, because both round the same mathematics but not in the same order.
+SLACK = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float64: 1e-13}
+
+
+def contract_of(op):
+    return importlib.import_module(f"liger_kernel.ops.{op}").CONTRACT
+
+
+def differentiable(value):
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def outputs_of(result):
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+def run(fn, case, upstream=None, dtype=None):
+    """Outputs and the gradients of every floating argument, for random upstream gradients (made when None)."""
+    leaves = [
+        (a.detach().to(dtype or a.dtype).clone().requires_grad_() if differentiable(a) else a) for a in case.args
+    ]
+    kwargs = {k: v.to(dtype) if dtype and differentiable(v) else v for k, v in case.kwargs.items()}
+    outputs = [o for o in outputs_of(fn(*leaves, **kwargs)) if o is not None]
+    grown = [o for o in outputs if o.requires_grad]
+    if upstream is None:
+        upstream = [torch.randn(o.shape, dtype=torch.float64, device="cpu") for o in grown]
+    torch.autograd.backward(grown, [g.to(o) for g, o in zip(upstream, grown, strict=True)])
+    return outputs, [a.grad for a in leaves if differentiable(a)], upstream
+
+
+def assert_as_good_as_torch(ours, torchs, truths, dtype, what):
+    for i, (o, r, t) in enumerate(zip(ours, torchs, truths, strict=True)):
+        if t is None:
+            assert o is None or not o.any(), f"{what} {i}: a gradient where the reference has none"
+            continue
+        assert o.shape == t.shape, f"{what} {i}: shape {tuple(o.shape)}, expected {tuple(t.shape)}"
+        if not t.is_floating_point():
+            assert torch.equal(o, r), f"{what} {i}: differs"
+            continue
+        if not t.numel():
+            continue
+        assert not o.isnan().any(), f"{what} {i}: NaN, or an element was never written"
+        error, own = (o.double() - t).abs().max(), (r.double() - t).abs().max()
+        allowed = own + SLACK[dtype] * t.abs().max().clamp(min=1)
+        assert error <= allowed, f"{what} {i}: error {error:.2e}, torch's own plus slack {allowed:.2e}"
+
+
+def check(op, case, dtype):
+    contract = contract_of(op)
+    truth_out, truth_grad, upstream = run(contract.reference, case, dtype=torch.float64)
+    torch_out, torch_grad, _ = run(contract.reference, case, upstream)
+    our_out, our_grad, _ = run(contract.call, case, upstream)
+    assert [o.dtype for o in our_out] == [o.dtype for o in torch_out]
+    what = f"{op} {case.kwargs} on {[tuple(a.shape) for a in case.args if isinstance(a, torch.Tensor)]}"
+    assert_as_good_as_torch(our_out, torch_out, truth_out, dtype, f"{what}: output")
+    assert_as_good_as_torch(our_grad, torch_grad, truth_grad, dtype, f"{what}: gradient")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_matches_reference(op, impl, device, poisoned_memory):
+    for dtype in dtypes(impl, device):
+        torch.manual_seed(0)
+        for case in contract_of(op).cases(dtype, device):
+            check(op, case, dtype)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_fp64_keeps_its_precision(op, device):
+    for case in contract_of(op).cases(torch.float64, device)[:8]:
+        check(op, case, torch.float64)
+
+
+def strided(value):
+    """The same values in memory that is contiguous in no dimension."""
+    if not isinstance(value, torch.Tensor) or not value.numel():
+        return value
+    wide = value.new_zeros((*value.shape[:-1], value.shape[-1] * 2)) if value.dim() else value
+    if value.dim():
+        wide[..., ::2] = value
+        return wide[..., ::2]
+    return value
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_any_memory_layout(op, impl, device):
+    contract = contract_of(op)
+    for case in contract.cases(torch.float32, device)[:6]:
+        plain, plain_grad, upstream = run(contract.call, case)
+        leaves = [strided(a.detach()).requires_grad_() if differentiable(a) else strided(a) for a in case.args]
+        outputs = [o for o in outputs_of(contract.call(*leaves, **case.kwargs)) if o is not None]
+        grown = [o for o in outputs if o.requires_grad]
+        torch.autograd.backward(grown, [strided(g.to(o)) for g, o in zip(upstream, grown, strict=True)])
+        # Not bit for bit: torch may pick another GEMM for another layout.
+        for o, p in zip(outputs, plain, strict=True):
+            torch.testing.assert_close(o, p)
+        grads = [a.grad for a in leaves if differentiable(a)]
+        for g, p in zip(grads, plain_grad, strict=True):
+            torch.testing.assert_close(g, p)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_inputs_and_upstream_gradients_are_left_alone(op, impl, device):
+    contract = contract_of(op)
+    for case in contract.cases(torch.float32, device)[:6]:
+        before = [a.clone() if isinstance(a, torch.Tensor) else a for a in case.args]
+        leaves = [a.detach().requires_grad_() if differentiable(a) else a for a in case.args]
+        grown = [o for o in outputs_of(contract.call(*leaves, **case.kwargs)) if o is not None and o.requires_grad]
+        upstream = [torch.randn_like(o) for o in grown]
+        copies = [g.clone() for g in upstream]
+        torch.autograd.backward(grown, upstream)
+        for a, b in zip([*case.args, *upstream], [*before, *copies], strict=True):
+            if isinstance(a, torch.Tensor):
+                assert torch.equal(a, b), f"{op} wrote into a tensor it was only given to read"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_same_inputs_same_bits(op, impl, device):
+    contract = contract_of(op)
+    for case in contract.cases(torch.float32, device)[:4]:
+        first, first_grad, upstream = run(contract.call, case)
+        again, again_grad, _ = run(contract.call, case, upstream)
+        for a, b in zip([*first, *first_grad], [*again, *again_grad], strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
