@@ -1,0 +1,53 @@
+"""Modules, functionals and model patching for Hugging Face transformers. Importing this imports none of them."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from liger_kernel import _lazy
+from liger_kernel.transformers.models import APPLY_PREFIX, apply_names
+
+_HERE = "liger_kernel.transformers"
+_MODULES = {
+    f"{_HERE}.cross_entropy": ("LigerCrossEntropyLoss",),
+    f"{_HERE}.fused_add_rms_norm": ("LigerFusedAddRMSNorm",),
+    f"{_HERE}.fused_linear_cross_entropy": ("LigerFusedLinearCrossEntropyLoss",),
+    f"{_HERE}.geglu": ("LigerGEGLUMLP",),
+    f"{_HERE}.layer_norm": ("LigerLayerNorm",),
+    f"{_HERE}.rms_norm": ("LigerRMSNorm",),
+    f"{_HERE}.rope": ("liger_rotary_pos_emb",),
+    f"{_HERE}.swiglu": (
+        "LigerBlockSparseTop2MLP", "LigerPhi3SwiGLUMLP", "LigerQwen3MoeSwiGLUMLP", "LigerSwiGLUMLP",
+    ),
+}  # fmt: skip
+_ENGINE = {  # these need transformers
+    f"{_HERE}.auto_model": ("AutoLigerKernelForCausalLM",),
+    f"{_HERE}.monkey_patch": ("_apply_liger_kernel", "_apply_liger_kernel_to_instance", *apply_names()),
+    f"{_HERE}.patch": ("apply_liger_kernel", "revert_liger_kernel"),
+}
+_NOT_BUILT = (
+    "LigerDyT", "LigerExperts", "LigerFalconH1MLP", "LigerFalconH1SwiGLUMLP", "LigerFusedCETVDLoss",
+    "LigerFusedLinearJSD", "LigerFusedLinearKLDivLoss", "LigerJSD", "LigerKLDIVLoss", "LigerMHC", "LigerMLP",
+    "LigerModulatedRMSNorm", "LigerMultiTokenAttention", "LigerPolyNorm", "LigerRMSNormForMuseGlimmer",
+    "LigerRMSNormForMuseGlimmerTextCentered", "LigerReLUSquared", "LigerSoftmax", "LigerSparsemax",
+    "LigerSwiGLUMLPForMuseGlimmer", "LigerTVDLoss", "LigerTiledGEGLUMLP", "LigerTiledSwiGLUMLP",
+    "LigerVocabParallelCrossEntropy", "liger_llama4_text_rotary_pos_emb", "liger_llama4_vision_rotary_pos_emb",
+)  # fmt: skip
+
+__all__, _resolve = _lazy.lazy_names(__name__, _MODULES | _ENGINE, _NOT_BUILT)
+_NEEDS_TRANSFORMERS = {name for names in _ENGINE.values() for name in names}
+
+
+def is_transformers_available() -> bool:
+    """Whether Hugging Face transformers can be imported here."""
+    return importlib.util.find_spec("transformers") is not None
+
+
+def __getattr__(name: str):
+    if name in _NEEDS_TRANSFORMERS and not is_transformers_available():
+        raise ImportError(f"{__name__}.{name} needs transformers: pip install 'liger-kernel[train]'")
+    return _resolve(name)
+
+
+def __dir__():
+    return [*__all__, APPLY_PREFIX + "<model_type>"]
