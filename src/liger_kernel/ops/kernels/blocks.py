@@ -90,3 +90,35 @@ def sum_rows(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         partial, out, n_partials, n_cols, BLOCK=block, ROWS=32, num_warps=4,
     )  # fmt: skip
     return out
+
+
+@dataclass(frozen=True)
+class Flat:
+    """How an elementwise kernel cuts its columns: tiles of `block` elements, `num_warps` each."""
+
+    block: int
+    num_warps: int
+
+    @classmethod
+    def choose(cls, device: torch.device, n_cols: int | None = None) -> Flat:
+        """n_cols: the length of a row, where rows are not one flat run of elements."""
+        backend = device_of(device)
+        block = backend.max_block(8) if backend.persistent else 2048
+        if n_cols is not None:
+            block = min(block, triton.next_power_of_2(n_cols))
+        # 16 elements per lane: two 16-byte loads of bf16 in flight per operand
+        return cls(block, min(max(block // (backend.warp_width * 16), 1), backend.max_warps))
+
+
+def programs_for(n_tiles: int, device: torch.device) -> int:
+    """A program per tile, as far as the device allows."""
+    backend = device_of(device)
+    return max(1, min(n_tiles, backend.cores(device) if backend.persistent else backend.max_programs))
+
+
+def in_units(size: int, unit: int = 16) -> tuple[int, int]:
+    """size = n * unit with a unit of 1 or `unit`: what a kernel must know to load 16 bytes at once.
+
+    Only the unit is compiled in, so a size that changes from step to step compiles nothing.
+    """
+    return (size // unit, unit) if size % unit == 0 else (size, 1)
