@@ -63,6 +63,10 @@ def test_no_python_float_reaches_a_kernel_by_value(path):
         launched = kernel.name.endswith("_kernel")
         for arg in kernel.args.args if launched else []:
             constexpr = arg.annotation is not None and "constexpr" in ast.unparse(arg.annotation)
-            assert constexpr or arg.arg in allowed or arg.arg[0].isupper() or arg.arg.startswith("d") or (
-                "stride" in arg.arg or arg.arg.startswith("n_")
+            assert (
+                constexpr
+                or arg.arg in allowed
+                or arg.arg[0].isupper()
+                or arg.arg.startswith("d")
+                or ("stride" in arg.arg or arg.arg.startswith("n_"))
             ), f"{kernel.name}: {arg.arg}"

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -54,6 +55,12 @@ class Backend:
         return 1 << ((self.tile_bytes // (4 * live)).bit_length() - 1)
 
 
+def while_tracing(fact: Callable) -> Callable:
+    """Mark a function of constants that torch.compile shall call while it traces, not trace."""
+    fact._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler's decorator imports Dynamo
+    return fact
+
+
 failures: dict[str, str] = {}  # backend module -> why it could not be loaded
 
 
@@ -88,9 +95,6 @@ def _find(device_type: str) -> Backend:
     backend = usable[0] if usable else Backend(name=device_type, device_type=device_type, is_available=lambda: True)
     _BY_TYPE[device_type] = backend
     return backend
-
-
-_find._dynamo_marked_constant = True  # type: ignore[attr-defined]  # looked up while tracing, never traced
 
 
 def current() -> Backend:

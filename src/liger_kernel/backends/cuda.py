@@ -5,7 +5,7 @@ import functools
 
 import torch
 
-from liger_kernel.backends import Backend, triton_missing
+from liger_kernel.backends import Backend, triton_missing, while_tracing
 
 
 @functools.cache
@@ -15,6 +15,11 @@ def _properties(index: int):
 
 def properties(device: torch.device):
     return _properties(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@while_tracing
+def cores(device: torch.device) -> int:
+    return properties(device).multi_processor_count
 
 
 def guard(device: torch.device) -> contextlib.AbstractContextManager:
@@ -34,7 +39,7 @@ BACKEND = Backend(
     device_type="cuda",
     is_available=lambda: torch.version.hip is None and torch.cuda.is_available(),
     why_no_triton=triton_missing,
-    cores=lambda device: properties(device).multi_processor_count,
+    cores=cores,
     guard=guard,
     arch=_arch,
     comm="nccl",

@@ -37,6 +37,4 @@ NOT_BUILT = (
     "LigerVocabParallelCEFunction",
 )  # fmt: skip
 
-__all__, __getattr__ = lazy_names(
-    __name__, {f"{__name__}.{room}": names for room, names in EXPORTS.items()}, NOT_BUILT
-)
+__all__, __getattr__ = lazy_names(__name__, {f"{__name__}.{room}": names for room, names in EXPORTS.items()}, NOT_BUILT)

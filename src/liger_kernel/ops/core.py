@@ -67,23 +67,36 @@ _DEFAULT = ("", "auto", "default")
 
 _forced: str | None = os.environ.get("LIGER_KERNEL_IMPL") or None
 _resolved: dict[tuple[str, str], Kernels] = {}
+_FP64 = "float64"
 
 
 def kernels(op: str, x: torch.Tensor) -> Kernels:
     """The pair that runs `op` on a tensor like `x`; resolved once per device type, a dict lookup afterwards."""
-    if x.dtype is torch.float64:  # the kernels compute in fp32; fp64 keeps its precision in the torch pair
-        return _torch_pair(op)
-    device_type = x.device.type
+    # The kernels compute in fp32, so fp64 keeps its precision in the torch pair.
+    device_type = x.device.type if x.dtype is not torch.float64 else _FP64
+    if torch.compiler.is_compiling():
+        _resolve_all(x.device.type)
     found = _resolved.get((op, device_type))
     return found if found is not None else _resolve(op, device_type)
 
 
 def _resolve(op: str, device_type: str) -> Kernels:
-    pair = _resolved[op, device_type] = resolve(op, device_type).kernels
+    pair = _torch_pair(op) if device_type == _FP64 else resolve(op, device_type).kernels
+    _resolved[op, device_type] = pair
     return pair
 
 
-_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]  # resolved while tracing, never traced
+@backends.while_tracing
+def _resolve_all(device_type: str) -> bool:
+    """Run while tracing, so that a traced program only reads the dicts that dispatch looks into."""
+    from liger_kernel.ops import EXPORTS
+
+    backends.device_of(torch.device(device_type))
+    for op in EXPORTS:
+        for kind in (device_type, _FP64):
+            if (op, kind) not in _resolved:
+                _resolve(op, kind)
+    return True
 
 
 def resolve(op: str, device_type: str) -> Resolution:
