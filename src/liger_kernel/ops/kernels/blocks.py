@@ -15,7 +15,8 @@ from liger_kernel.backends import device_of
 class RowTiles:
     """How R rows of N columns are cut: tiles of `rows` x `block`, `num_warps` each, over `programs` programs.
 
-    loop is True where a row does not fit one block and the kernel walks its columns.
+    loop is True where a row does not fit one block and the kernel walks its columns. prefetch: a persistent kernel
+    loads its next tile before it computes on this one.
     """
 
     rows: int
@@ -23,6 +24,7 @@ class RowTiles:
     loop: bool
     num_warps: int
     programs: int
+    prefetch: bool = False
 
     @classmethod
     def choose(
@@ -67,6 +69,15 @@ def int64(index):
 def rounded(x, DTYPE: tl.constexpr):
     """x as it would be after a store in DTYPE, in fp32 again."""
     return x.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def load_tile(X, tile, R, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows tile * ROWS ... of X (R, N) as (ROWS, BLOCK) in X's dtype, zeros outside; tile may lie past the end."""
+    row = tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, BLOCK)[None, :]
+    mask = (tile * ROWS + row < R) & (cols < N)
+    return tl.load(X + int64(tile) * ROWS * N + row * N + cols, mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=["P"])
