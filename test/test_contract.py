@@ -7,9 +7,10 @@ import importlib
 
 import pytest
 import torch
-from support import dtypes
 
 from liger_kernel.ops import EXPORTS, core
+
+from support import dtypes
 
 OPS = [op for op in EXPORTS if hasattr(importlib.import_module(f"liger_kernel.ops.{op}"), "CONTRACT")]
 
