@@ -4,7 +4,18 @@ from liger_kernel._lazy import lazy_names
 
 # room -> the names it offers
 EXPORTS: dict[str, tuple[str, ...]] = {
+    "fused_add_rms_norm": (
+        "LigerFusedAddRMSNormFunction",
+        "fused_add_rms_norm_backward",
+        "fused_add_rms_norm_forward",
+    ),
+    "geglu": ("LigerGELUMulFunction", "geglu_backward", "geglu_forward"),
+    "relu_squared": ("LigerReLUSquaredFunction", "relu_squared_backward", "relu_squared_forward"),
+    "layer_norm": ("LigerLayerNormFunction", "layer_norm_backward", "layer_norm_forward"),
     "rms_norm": ("LigerRMSNormFunction", "rms_norm_backward", "rms_norm_forward"),
+    "softmax": ("LigerSoftmaxFunction",),
+    "rope": ("LigerRopeFunction", "rope_backward", "rope_forward"),
+    "swiglu": ("LigerFusedGateUpSiLUMulFunction", "LigerSiLUMulFunction", "swiglu_backward", "swiglu_forward"),
 }
 
 # Names of the liger-kernel interface that are still to come.
@@ -29,8 +40,6 @@ NOT_BUILT = (
     "LigerMultiTokenAttentionFunction",
     "LigerPolyNormFunction", "poly_norm_backward", "poly_norm_forward",
     "LigerQwen2VLMRopeFunction",
-    "LigerReLUSquaredFunction", "relu_squared_backward", "relu_squared_forward",
-    "LigerSoftmaxFunction",
     "LigerSparsemaxFunction",
     "LigerTiledMLPFunction", "apply_tiled_mlp",
     "LigerTVDLossFunction",

@@ -29,3 +29,132 @@ def rms_norm_backward(
     casting_mode = check(X, W, casting_mode)
     wanted = W is not None if needs_dw is None else needs_dw
     return kernels("rms_norm", X).backward(dY.contiguous(), X, W, RSTD, offset, casting_mode, in_place, wanted)
+
+
+# swiglu
+
+
+def swiglu_forward(a, b, gate_multiplier=1.0):
+    """-> (a, b, c), a and b contiguous."""
+    from liger_kernel.ops.swiglu import check
+
+    check(a, b)
+    a, b = a.contiguous(), b.contiguous()
+    return a, b, kernels("swiglu", a).forward(a, b, gate_multiplier, 1.0)
+
+
+def swiglu_backward(a, b, dc, gate_multiplier=1.0):
+    """-> (da, db)."""
+    return kernels("swiglu", a).backward(dc.contiguous(), a.contiguous(), b.contiguous(), gate_multiplier, 1.0)
+
+
+def swiglu_fused_gate_up_forward(y):
+    """-> (y, c), y contiguous."""
+    from liger_kernel.ops.swiglu import check_packed
+
+    check_packed(y)
+    y = y.contiguous()
+    return y, kernels("swiglu", y).forward(y, None, 1.0, 1.0)
+
+
+def swiglu_fused_gate_up_backward(y, dc, in_place=False):
+    """-> dy, perhaps written over y where in_place permits it."""
+    return kernels("swiglu", y).backward(dc.contiguous(), y.contiguous(), None, 1.0, 1.0, in_place)[0]
+
+
+# geglu
+
+
+def geglu_forward(a, b):
+    """-> (a, b, c), a and b contiguous; the tanh form."""
+    from liger_kernel.ops.geglu import check
+
+    check(a, b, "tanh")
+    a, b = a.contiguous(), b.contiguous()
+    return a, b, kernels("geglu", a).forward(a, b, "tanh")
+
+
+def geglu_backward(a, b, dc):
+    """-> (da, db)."""
+    return kernels("geglu", a).backward(dc.contiguous(), a.contiguous(), b.contiguous(), "tanh")
+
+
+# relu_squared
+
+
+def relu_squared_forward(X):
+    """-> Y."""
+    X = X.contiguous()
+    return kernels("relu_squared", X).forward(X)
+
+
+def relu_squared_backward(X, dY):
+    """-> dX."""
+    return kernels("relu_squared", X).backward(dY.contiguous(), X.contiguous())
+
+
+# rope
+
+
+def rope_forward(q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None):
+    """-> (q, k, cos, sin), q and k rotated."""
+    from liger_kernel.ops.rope import prepare
+
+    q, k, cos, sin, options = prepare(q, k, cos, sin, position_ids, unsqueeze_dim, rotary_dim)
+    return *kernels("rope", q).forward(q, k, cos, sin, *options), cos, sin
+
+
+def rope_backward(dq, dk, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None):
+    """-> (dq, dk), in the dtypes of the gradients given."""
+    from liger_kernel.ops.rope import prepare
+
+    dq, dk, cos, sin, options = prepare(dq, dk, cos, sin, position_ids, unsqueeze_dim, rotary_dim)
+    return kernels("rope", dq).backward(dq, dk, cos, sin, *options[:2], dq.dtype, dk.dtype)
+
+
+# fused_add_rms_norm
+
+
+def fused_add_rms_norm_forward(X, R, W, eps, offset, casting_mode):
+    """-> (Y, S, RSTD, BLOCK_SIZE, num_warps, num_stages, casting_mode as an int)."""
+    from liger_kernel.ops.fused_add_rms_norm import check
+    from liger_kernel.ops.rms_norm import CASTING
+
+    casting_mode = check(X, R, W, casting_mode)
+    X, R = X.contiguous(), R.to(X.dtype).contiguous()
+    y, s, rstd = kernels("fused_add_rms_norm", X).forward(X, R, W, eps, offset, casting_mode)
+    return y, s, rstd, None, None, None, CASTING[casting_mode]
+
+
+def fused_add_rms_norm_backward(
+    dY, dS_out, S, W, RSTD, offset, casting_mode, BLOCK_SIZE, num_warps, num_stages, in_place, needs_dw=None
+):
+    """-> (dX, dX, dW); dX is the gradient of the residual too. dS_out may be None; dW is None without a weight."""
+    from liger_kernel.ops.fused_add_rms_norm import check
+
+    casting_mode = check(S, S, W, casting_mode)
+    wanted = W is not None if needs_dw is None else needs_dw
+    dS_out = None if dS_out is None else dS_out.contiguous()
+    pair = kernels("fused_add_rms_norm", S)
+    dX, dW = pair.backward(dY.contiguous(), dS_out, S, W, RSTD, offset, casting_mode, in_place, wanted)
+    return dX, dX, dW
+
+
+# layer_norm
+
+
+def layer_norm_forward(X, W, B, eps):
+    """-> (Y, X, Mean, RSTD, BLOCK_SIZE, num_warps)."""
+    from liger_kernel.ops.layer_norm import check
+
+    check(X, W, B)
+    X = X.contiguous()
+    y, mean, rstd = kernels("layer_norm", X).forward(X, W, B, eps)
+    return y, X, mean, rstd, None, None
+
+
+def layer_norm_backward(dY, X, W, B, Mean, RSTD, needs_dw=None, needs_db=None):
+    """-> (DX, DW, DB); DW and DB are None without a weight or a bias, or where they are not needed."""
+    wanted = W is not None if needs_dw is None else needs_dw
+    wanted_b = B is not None if needs_db is None else needs_db
+    return kernels("layer_norm", X).backward(dY.contiguous(), X, W, B, Mean, RSTD, wanted, wanted_b)

@@ -1,0 +1,172 @@
+"""Rotary position embedding in Triton; the mathematics is in liger_kernel.ops.rope."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from liger_kernel.backends import device_of
+from liger_kernel.ops.core import Kernels
+from liger_kernel.ops.kernels.blocks import in_units, int64, launch, programs_for, rounded
+
+# Kernels: a program takes `ROWS` tokens with all heads of q and k, so cos and sin are read once.
+
+
+@triton.jit
+def _product(x, c, WORK: tl.constexpr, BACKWARD: tl.constexpr):
+    """Torch rounds each product of the forward; the backward stays in fp32."""
+    p = x * c
+    if not BACKWARD:
+        p = rounded(p, WORK)
+    return p
+
+
+@triton.jit
+def _rotate(
+    X, Y, x_token, y_token, stride_x, stride_y, live, c1, s1, c2, s2,
+    H: tl.constexpr, D: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    WORK: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """x_token, y_token: where each token's first head begins, (ROWS, 1, 1)."""
+    cols = tl.arange(0, HALF)[None, None, :]
+    for first in range(0, H, HEADS):
+        head = first + tl.arange(0, HEADS)[None, :, None]
+        here = live & (head < H)
+        mask = here & (cols < R // 2)
+        head = head.to(tl.int64)
+        x_at = X + x_token + head * stride_x
+        y_at = Y + y_token + head * stride_y
+        x1 = tl.load(x_at + cols, mask=mask, other=0.0).to(tl.float32)
+        x2 = tl.load(x_at + (R // 2 + cols), mask=mask, other=0.0).to(tl.float32)
+        if BACKWARD:
+            y1 = _product(x1, c1, WORK, BACKWARD) + _product(x2, s2, WORK, BACKWARD)
+            y2 = _product(x2, c2, WORK, BACKWARD) - _product(x1, s1, WORK, BACKWARD)
+        else:
+            y1 = rounded(_product(x1, c1, WORK, BACKWARD) - _product(x2, s1, WORK, BACKWARD), WORK)
+            y2 = rounded(_product(x2, c2, WORK, BACKWARD) + _product(x1, s2, WORK, BACKWARD), WORK)
+        tl.store(y_at + cols, y1.to(Y.dtype.element_ty), mask=mask)
+        tl.store(y_at + (R // 2 + cols), y2.to(Y.dtype.element_ty), mask=mask)
+        if R < D:
+            for start in range(R, D, REST):
+                rest = start + tl.arange(0, REST)[None, None, :]
+                x = tl.load(x_at + rest, mask=here & (rest < D), other=0.0)
+                tl.store(y_at + rest, x.to(Y.dtype.element_ty), mask=here & (rest < D))
+
+
+_VARYING = [
+    "T", "S", "n_tiles", "stride_qb", "stride_qs", "stride_qh", "stride_kb", "stride_ks", "stride_kh",
+    "stride_yb", "stride_ys", "stride_yh", "stride_zb", "stride_zs", "stride_zh",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _rope_kernel(
+    Q, K, Cos, Sin, Y, Z, T, S, n_tiles,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
+    stride_yb, stride_ys, stride_yh, stride_zb, stride_zs, stride_zh,
+    UNIT: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    BATCHED: tl.constexpr, BACKWARD: tl.constexpr, Q_WORK: tl.constexpr, K_WORK: tl.constexpr,
+    ROWS: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    cols = tl.arange(0, HALF)[None, None, :]
+    for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
+        token = tile * ROWS + tl.arange(0, ROWS)[:, None, None]
+        live = token < T
+        batch = token // S
+        at = (token - batch * S).to(tl.int64)
+        batch = batch.to(tl.int64)
+        if BATCHED:
+            table = token.to(tl.int64) * W
+        else:
+            table = at * W
+        mask = live & (cols < R // 2)
+        c1 = tl.load(Cos + table + cols, mask=mask, other=0.0).to(tl.float32)
+        s1 = tl.load(Sin + table + cols, mask=mask, other=0.0).to(tl.float32)
+        if W == R:
+            c2 = tl.load(Cos + table + (R // 2 + cols), mask=mask, other=0.0).to(tl.float32)
+            s2 = tl.load(Sin + table + (R // 2 + cols), mask=mask, other=0.0).to(tl.float32)
+        else:
+            c2 = c1
+            s2 = s1
+        _rotate(
+            Q, Y, (batch * stride_qb + at * stride_qs) * UNIT, (batch * stride_yb + at * stride_ys) * UNIT,
+            int64(stride_qh) * UNIT, int64(stride_yh) * UNIT, live, c1, s1, c2, s2,
+            HQ, D, R, Q_HEADS, HALF, REST, Q_WORK, BACKWARD,
+        )  # fmt: skip
+        _rotate(
+            K, Z, (batch * stride_kb + at * stride_ks) * UNIT, (batch * stride_zb + at * stride_zs) * UNIT,
+            int64(stride_kh) * UNIT, int64(stride_zh) * UNIT, live, c1, s1, c2, s2,
+            HK, D, R, K_HEADS, HALF, REST, K_WORK, BACKWARD,
+        )  # fmt: skip
+
+
+# Config
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A program's tile: `tokens` tokens, `heads` heads at a time, `num_warps` warps."""
+
+    tokens: int
+    heads: int
+    num_warps: int
+
+    @classmethod
+    def choose(cls, heads: int, half: int, device: torch.device, elements: int = 2048) -> Tokens:
+        """half: elements of a rotated half, a power of two. elements: what a tile of one half should hold."""
+        backend = device_of(device)
+        at_once = min(triton.next_power_of_2(heads), max(1, elements // half))
+        tokens = max(1, elements // 2 // (at_once * half))
+        # 16 fp32 per lane of each half: two 16-byte loads of bf16 in flight
+        num_warps = min(max(tokens * at_once * half // (backend.warp_width * 16), 1), backend.max_warps)
+        return cls(tokens, at_once, num_warps)
+
+
+# Launchers
+
+_TRITON = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def _strides(x, heads_at):
+    """(batch, sequence, head); a dim of one element has no stride worth knowing."""
+    order = (0, 3 - heads_at, heads_at)
+    return [x.stride(d) if x.shape[d] > 1 else 0 for d in order]
+
+
+def _run(q, k, cos, sin, heads_at, rotary, q_dtype, k_dtype, backward, config):
+    y, z = torch.empty_like(q, dtype=q_dtype), torch.empty_like(k, dtype=k_dtype)
+    batch, seq, dim = q.shape[0], q.shape[3 - heads_at], q.shape[3]
+    q_heads, k_heads = q.shape[heads_at], k.shape[heads_at]
+    if not batch * seq * max(q_heads, k_heads):
+        return y, z
+    half = triton.next_power_of_2(rotary // 2)
+    config = config or Tokens.choose(max(q_heads, k_heads), half, q.device)
+    tiles = triton.cdiv(batch * seq, config.tokens)
+    strides = [s for x in (q, k, y, z) for s in _strides(x, heads_at)]
+    unit = 8 if all(in_units(s, 8)[1] == 8 for s in strides) else 1
+    work = [_TRITON.get(torch.promote_types(x.dtype, cos.dtype), tl.float32) for x in (q, k)]
+    launch(
+        _rope_kernel, programs_for(tiles, q.device), q.device,
+        q, k, cos, sin, y, z, batch * seq, seq, tiles, *(s // unit for s in strides),
+        UNIT=unit, HQ=q_heads, HK=k_heads, D=dim, R=rotary, W=cos.shape[-1], BATCHED=cos.shape[0] > 1,
+        BACKWARD=backward, Q_WORK=work[0], K_WORK=work[1], ROWS=config.tokens, Q_HEADS=config.heads,
+        K_HEADS=min(config.heads, triton.next_power_of_2(max(k_heads, 1))), HALF=half,
+        REST=min(triton.next_power_of_2(max(dim - rotary, 1)), half), num_warps=config.num_warps,
+    )  # fmt: skip
+    return y, z
+
+
+def rope_forward(q, k, cos, sin, heads_at, rotary, q_dtype, k_dtype, config=None):
+    """q, k: 4 dims, heads in dim `heads_at`, last dim dense; cos, sin: (B or 1, S, W) contiguous -> both rotated."""
+    return _run(q, k, cos, sin, heads_at, rotary, q_dtype, k_dtype, False, config)
+
+
+def rope_backward(dq, dk, cos, sin, heads_at, rotary, q_dtype, k_dtype, config=None):
+    """-> the gradients of q and k, rotated back, in fresh memory."""
+    return _run(dq, dk, cos, sin, heads_at, rotary, q_dtype, k_dtype, True, config)
+
+
+KERNELS = Kernels(rope_forward, rope_backward)

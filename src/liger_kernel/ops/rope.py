@@ -1,0 +1,207 @@
+"""Rotary position embedding, half rotation (Su et al. 2021, RoFormer, arXiv:2104.09864; halves as in GPT-NeoX).
+
+    y1 = x1 * c1 - x2 * s1        dx1 = dy1 * c1 + dy2 * s2        x = (x1, x2, rest): halves of the first R elements
+    y2 = x2 * c2 + x1 * s2        dx2 = dy2 * c2 - dy1 * s1        of a head; the rest passes through
+
+Shapes    q (B, Hq, S, D), k (B, Hk, S, D), or (B, S, H, D) with unsqueeze_dim=2; cos, sin: (B, S, W), (1, S, W) or
+          (S, W). R = W, or rotary_dim, which W may be half of: then c1 = c2 and s1 = s2.
+Numerics  as transformers: each product and the sum are rounded to the type torch promotes x and cos to, which is also
+          the result's dtype (keep_dtype=True: x's own). backward of the kernels is fp32 with one cast at the end.
+Memory    keeps cos and sin. Results lie in memory as their inputs do; transposed views are read in place.
+Needs     q, k, cos, sin on one device. cos and sin take no gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from liger_kernel.ops.compat import rope_backward, rope_forward  # noqa: F401  upstream's helper signatures
+from liger_kernel.ops.core import Case, Contract, Kernels, kernels
+
+_HEADS_AT = {1: 1, -3: 1, 2: 2, -2: 2}  # unsqueeze_dim -> the dim of q that counts heads
+
+
+# Reference
+
+
+def reference(q, k, cos, sin, unsqueeze_dim=1, rotary_dim=None):
+    """The same mathematics in plain torch, differentiable: the oracle of the tests."""
+    if rotary_dim is not None and cos.shape[-1] < rotary_dim:
+        cos, sin = (torch.cat((t, t), -1) for t in (cos, sin))
+    cos, sin = ((t if t.dim() == 3 else t.unsqueeze(0)).unsqueeze(unsqueeze_dim) for t in (cos, sin))
+    rotary = cos.shape[-1]
+
+    def rotate(x):
+        head, rest = x[..., :rotary], x[..., rotary:]
+        x1, x2 = head.chunk(2, -1)
+        return torch.cat((head * cos + torch.cat((-x2, x1), -1) * sin, rest), -1)
+
+    return rotate(q), rotate(k)
+
+
+# Torch pair
+
+
+def _halves(t, rotary):
+    return t[..., : rotary // 2], t[..., t.shape[-1] - rotary // 2 :]
+
+
+def _forward(q, k, cos, sin, heads_at, rotary, q_dtype, k_dtype):
+    (c1, c2), (s1, s2) = (_halves(t.unsqueeze(heads_at), rotary) for t in (cos, sin))
+
+    def rotate(x, dtype):
+        x1, x2 = _halves(x[..., :rotary], rotary)
+        y = torch.empty_like(x, dtype=dtype)
+        y1, y2 = _halves(y[..., :rotary], rotary)
+        y1.copy_((x1 * c1).sub_(x2 * s1))
+        y2.copy_((x2 * c2).add_(x1 * s2))
+        if rotary < x.shape[-1]:
+            y[..., rotary:].copy_(x[..., rotary:])
+        return y
+
+    return rotate(q, q_dtype), rotate(k, k_dtype)
+
+
+def _backward(dq, dk, cos, sin, heads_at, rotary, q_dtype, k_dtype):
+    s1, s2 = _halves(sin, rotary)
+    return _forward(dq, dk, cos, torch.cat((-s2, -s1), -1), heads_at, rotary, q_dtype, k_dtype)
+
+
+TORCH = Kernels(_forward, _backward)
+
+
+# Autograd
+
+
+class LigerRopeFunction(torch.autograd.Function):
+    """apply(q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None, keep_dtype=False) -> (q, k)."""
+
+    @staticmethod
+    def forward(ctx, q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None, keep_dtype=False):
+        if cos.requires_grad or sin.requires_grad:
+            raise ValueError("rope: cos and sin take no gradient here; detach them")
+        ctx.dtypes = q.dtype, k.dtype
+        q, k, cos, sin, options = prepare(q, k, cos, sin, position_ids, unsqueeze_dim, rotary_dim, keep_dtype)
+        ctx.save_for_backward(cos, sin)
+        ctx.options = options[:2]
+        return kernels("rope", q).forward(q, k, cos, sin, *options)
+
+    @staticmethod
+    def backward(ctx, dq, dk):
+        cos, sin = ctx.saved_tensors
+        dq, dk = readable(dq), readable(dk)
+        dq, dk = kernels("rope", dq).backward(dq, dk, cos, sin, *ctx.options, *ctx.dtypes)
+        return dq, dk, *[None] * 6
+
+
+# Functional
+
+
+def liger_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    unsqueeze_dim: int = 1,
+    rotary_dim: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q (B, Hq, S, D) and k (B, Hk, S, D), any float dtype and memory layout, rotated by their positions.
+
+    cos, sin: (B, S, W), (1, S, W) or (S, W). Without rotary_dim the first W elements of each head are rotated and the
+    rest passes through; with it the first rotary_dim, where W may also be half of that. unsqueeze_dim=2 is for
+    (B, S, H, D). position_ids has no effect, as in transformers: cos and sin are already those of the positions.
+    Raises ValueError for shapes that do not fit, an odd rotary width, another unsqueeze_dim, mixed devices, and cos or
+    sin that require a gradient.
+    """
+    return LigerRopeFunction.apply(q, k, cos, sin, position_ids, unsqueeze_dim, rotary_dim)
+
+
+def readable(x):
+    """x, copied only where its last dim is not dense: the kernels read every other layout in place."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def prepare(q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None, keep_dtype=False):
+    """q, k, cos and sin as the pairs take them, and their options; ValueError for what cannot be honoured."""
+    if isinstance(position_ids, int):  # transformers 5 has unsqueeze_dim in this place
+        raise ValueError(f"rope: position_ids must be a tensor or None, got {position_ids}: name unsqueeze_dim=")
+    if unsqueeze_dim not in _HEADS_AT:
+        raise ValueError(f"rope: unsqueeze_dim must be one of {sorted(_HEADS_AT)}, got {unsqueeze_dim!r}")
+    heads_at = _HEADS_AT[unsqueeze_dim]
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(f"rope: q and k must have 4 dims, got shapes {tuple(q.shape)} and {tuple(k.shape)}")
+    batch, seq, dim = q.shape[0], q.shape[3 - heads_at], q.shape[3]
+    if (k.shape[0], k.shape[3 - heads_at], k.shape[3]) != (batch, seq, dim):
+        raise ValueError(f"rope: q {tuple(q.shape)} and k {tuple(k.shape)} may differ in heads (dim {heads_at}) only")
+    cos, sin = (t.unsqueeze(0) if t.dim() == 2 else t for t in (cos, sin))
+    if cos.shape != sin.shape or cos.dtype != sin.dtype:
+        raise ValueError(f"rope: cos {tuple(cos.shape)} {cos.dtype} and sin {tuple(sin.shape)} {sin.dtype} differ")
+    if cos.dim() != 3 or cos.shape[0] not in (1, batch) or cos.shape[1] != seq:
+        raise ValueError(f"rope: cos of shape {tuple(cos.shape)} does not fit batch {batch}, sequence {seq}")
+    width = cos.shape[-1]
+    rotary = width if rotary_dim is None else rotary_dim
+    if rotary % 2 or not 0 < rotary <= dim or width not in (rotary, rotary // 2):
+        raise ValueError(f"rope: cannot rotate {rotary} of {dim} elements with cos of width {width}")
+    if not q.device == k.device == cos.device == sin.device:
+        raise ValueError(f"rope: q is on {q.device}, k on {k.device}, cos on {cos.device}, sin on {sin.device}")
+    dtypes = (q.dtype, k.dtype) if keep_dtype else (torch.promote_types(x.dtype, cos.dtype) for x in (q, k))
+    return readable(q), readable(k), cos.contiguous(), sin.contiguous(), (heads_at, rotary, *dtypes)
+
+
+# Contract
+
+
+def _call(q, k, cos, sin, unsqueeze_dim=1, rotary_dim=None):
+    return LigerRopeFunction.apply(q, k, cos, sin, None, unsqueeze_dim, rotary_dim)
+
+
+def _case(shape, heads, dtype, device, width=None, batch=1, unsqueeze_dim=1, transposed=False, **options):
+    """q and k of (B, S, D) and `heads` heads each; cos and sin are options, since they take no gradient."""
+    b, s, d = shape
+
+    def make(h):
+        wanted = (b, h, s, d) if unsqueeze_dim == 1 else (b, s, h, d)
+        if transposed:
+            return torch.randn(b, wanted[2], wanted[1], d, dtype=dtype, device=device).transpose(1, 2)
+        return torch.randn(wanted, dtype=dtype, device=device)
+
+    q, k = make(heads[0]), make(heads[1])
+    angle = torch.rand(batch, s, width or d, dtype=torch.float32, device=device) * 6.3
+    table = dict(cos=angle.cos().to(dtype), sin=angle.sin().to(dtype))
+    return Case((q, k), table | dict(unsqueeze_dim=unsqueeze_dim) | options)
+
+
+def _cases(dtype, device):
+    return [
+        _case((2, 5, 16), (4, 2), dtype, device, transposed=True),
+        _case((2, 5, 16), (4, 2), dtype, device, batch=2),
+        _case((2, 3, 24), (3, 5), dtype, device, width=12, rotary_dim=24, unsqueeze_dim=2),
+        _case((2, 7, 22), (7, 1), dtype, device, width=6, transposed=True),
+        _case((1, 3, 20), (2, 2), dtype, device, width=4, rotary_dim=8, unsqueeze_dim=2, transposed=True),
+        _case((3, 2, 2), (1, 1), dtype, device, batch=3),
+        _case((1, 2, 64), (64, 33), dtype, device, transposed=True),
+        _case((0, 4, 8), (2, 2), dtype, device),
+        _case((2, 0, 8), (2, 1), dtype, device, transposed=True),
+    ]
+
+
+def _timed(dtype, device):
+    made = lambda shape, heads, **more: _case(shape, heads, dtype, device, transposed=True, **more)  # noqa: E731
+    return {
+        "4x4096x(32+8)x128": made((4, 4096, 128), (32, 8)),
+        "4x4096x(32+8)x64": made((4, 4096, 64), (32, 8)),
+        "4x4096x(64+8)x128": made((4, 4096, 128), (64, 8), batch=4),
+        "4x4096x(4+1)x256": made((4, 4096, 256), (4, 1)),
+        "4x4096x(32+2)x128 partial": made((4, 4096, 128), (32, 2), width=64),
+        "4x(32+8)x4096x128": _case((4, 4096, 128), (32, 8), dtype, device),
+    }
+
+
+CONTRACT = Contract(
+    call=_call,
+    reference=reference,
+    cases=_cases,
+    timed=_timed,
+    bytes_moved=lambda q, k, **options: 4 * (q.numel() + k.numel()) * q.element_size(),
+)
