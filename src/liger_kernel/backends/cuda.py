@@ -41,6 +41,7 @@ BACKEND = Backend(
     why_no_triton=triton_missing,
     cores=cores,
     guard=guard,
+    stream=lambda device: torch._C._cuda_getCurrentRawStream(device.index),
     arch=_arch,
     comm="nccl",
 )

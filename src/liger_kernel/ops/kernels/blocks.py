@@ -1,4 +1,4 @@
-"""What the kernels share: how rows are cut into tiles, how a program is launched, and small jitted pieces."""
+"""What the kernels share: how rows are cut into tiles, and small jitted pieces."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from liger_kernel.backends import device_of
+from liger_kernel.ops.kernels.launch import launch
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,6 @@ class RowTiles:
         if backend.persistent or waves is not None:
             limit = min(limit, backend.cores(device) * (1 if backend.persistent else waves))
         return cls(rows, block, block < n_cols, num_warps, max(1, min(programs, limit)))
-
-
-def launch(kernel, programs: int, device: torch.device, *args, **meta) -> None:
-    """Run `programs` programs of a kernel on `device`, whatever device is current."""
-    backend = device_of(device)
-    with backend.guard(device):
-        kernel[(programs,)](*args, **meta, **backend.launch)
 
 
 def as_rows(x: torch.Tensor) -> tuple[int, int]:
