@@ -1,0 +1,44 @@
+# make demo: set up and run the demonstration.     make test: lint, then the test suite.
+# make test-full: the complete matrices as well.   make lint: ruff and mypy.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TRANSFORMERS_457 := .deps/transformers-4.57
+export LIGER_TEST_TRANSFORMERS_457 := $(CURDIR)/$(TRANSFORMERS_457)
+
+.PHONY: demo test test-full lint
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.train
+	$(BIN)/liger-kernel demo
+
+test: lint $(TRANSFORMERS_457)/.done
+	$(BIN)/pytest test -n auto -m "not slow"
+
+test-full: lint $(TRANSFORMERS_457)/.done
+	$(BIN)/pytest test -n auto
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.torch:
+	.ci/venv $(PYTHON) $(VENV)
+	touch $@
+
+$(VENV)/.train: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install --quiet -e '.[train]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install --quiet -e '.[dev]'
+	touch $@ $(VENV)/.train
+
+# The oldest transformers that is supported, beside the current one: what it needs that the current one does not.
+$(TRANSFORMERS_457)/.done: $(VENV)/.dev
+	rm -rf $(TRANSFORMERS_457)
+	$(BIN)/pip install --quiet --no-deps --target $(TRANSFORMERS_457) 'transformers==4.57.3' 'tokenizers>=0.22,<0.23' \
+		'huggingface_hub>=0.34,<1.0' 'hf-xet>=1.1.3,<2' requests urllib3 certifi charset_normalizer idna
+	touch $@
