@@ -14,10 +14,15 @@ _MODULES = {
     f"{_HERE}.fused_linear_cross_entropy": ("LigerFusedLinearCrossEntropyLoss",),
     f"{_HERE}.geglu": ("LigerGEGLUMLP",),
     f"{_HERE}.layer_norm": ("LigerLayerNorm",),
-    f"{_HERE}.rms_norm": ("LigerRMSNorm",),
+    f"{_HERE}.relu_squared": ("LigerReLUSquared",),
+    f"{_HERE}.rms_norm": (
+        "LigerRMSNorm", "LigerRMSNormForMuseGlimmer", "LigerRMSNormForMuseGlimmerTextCentered",
+    ),
     f"{_HERE}.rope": ("liger_rotary_pos_emb",),
+    f"{_HERE}.softmax": ("LigerSoftmax",),
     f"{_HERE}.swiglu": (
-        "LigerBlockSparseTop2MLP", "LigerPhi3SwiGLUMLP", "LigerQwen3MoeSwiGLUMLP", "LigerSwiGLUMLP",
+        "LigerBlockSparseTop2MLP", "LigerFalconH1SwiGLUMLP", "LigerPhi3SwiGLUMLP", "LigerQwen3MoeSwiGLUMLP",
+        "LigerSwiGLUMLP",
     ),
 }  # fmt: skip
 _ENGINE = {  # these need transformers
@@ -26,10 +31,10 @@ _ENGINE = {  # these need transformers
     f"{_HERE}.patch": ("apply_liger_kernel", "revert_liger_kernel"),
 }
 _NOT_BUILT = (
-    "LigerDyT", "LigerExperts", "LigerFalconH1MLP", "LigerFalconH1SwiGLUMLP", "LigerFusedCETVDLoss",
+    "LigerDyT", "LigerExperts", "LigerFalconH1MLP", "LigerFusedCETVDLoss",
     "LigerFusedLinearJSD", "LigerFusedLinearKLDivLoss", "LigerJSD", "LigerKLDIVLoss", "LigerMHC", "LigerMLP",
-    "LigerModulatedRMSNorm", "LigerMultiTokenAttention", "LigerPolyNorm", "LigerRMSNormForMuseGlimmer",
-    "LigerRMSNormForMuseGlimmerTextCentered", "LigerReLUSquared", "LigerSoftmax", "LigerSparsemax",
+    "LigerModulatedRMSNorm", "LigerMultiTokenAttention", "LigerPolyNorm",
+    "LigerSparsemax",
     "LigerSwiGLUMLPForMuseGlimmer", "LigerTVDLoss", "LigerTiledGEGLUMLP", "LigerTiledSwiGLUMLP",
     "LigerVocabParallelCrossEntropy", "liger_llama4_text_rotary_pos_emb", "liger_llama4_vision_rotary_pos_emb",
 )  # fmt: skip

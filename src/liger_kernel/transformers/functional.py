@@ -17,8 +17,10 @@ __all__, __getattr__ = lazy_names(
         f"{_OPS}.fused_linear_cross_entropy": ("liger_fused_linear_cross_entropy",),
         f"{_OPS}.geglu": ("liger_geglu",),
         f"{_OPS}.layer_norm": ("liger_layer_norm",),
+        f"{_OPS}.relu_squared": ("liger_relu_squared",),
         f"{_OPS}.rms_norm": ("liger_rms_norm",),
         f"{_OPS}.rope": ("liger_rope",),
+        f"{_OPS}.softmax": ("liger_softmax",),
         f"{_OPS}.swiglu": ("liger_swiglu",),
     },
     not_built=(
@@ -26,7 +28,7 @@ __all__, __getattr__ = lazy_names(
         "liger_fused_linear_scaled_cross_entropy_tp", "liger_fused_neighborhood_attention", "liger_group_norm",
         "liger_jsd", "liger_kl_div", "liger_mhc_apply", "liger_mhc_coeffs", "liger_mhc_forward",
         "liger_mhc_post_res", "liger_mhc_pre", "liger_modulated_rms_norm", "liger_multi_token_attention",
-        "liger_poly_norm", "liger_qwen2vl_mrope", "liger_relu_squared", "liger_softmax", "liger_sparsemax",
+        "liger_poly_norm", "liger_qwen2vl_mrope", "liger_sparsemax",
         "liger_tvd",
     ),
 )  # fmt: skip
