@@ -1,0 +1,483 @@
+"""Fuses a model's LM head with its loss, without a copy of any forward.
+
+During a training forward with labels the head returns LazyLogits; the model's own forward goes on with them as far as
+its loss function, where `FusedLoss` computes the loss in row chunks. Everything is bound per instance and undone by
+`HeadPatch.undo`; outside the window the head and the loss are the model's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import MethodType
+
+import torch
+from torch import nn
+from torch.nn import functional as torch_functional
+
+from liger_kernel.transformers import functional
+from liger_kernel.transformers.lazy_logits import LazyLogits, scale_options
+from liger_kernel.transformers.model import loss_utils
+from liger_kernel.transformers.model.output_classes import with_results
+
+# Keywords of the patched forward that transformers' forwards do not know.
+OPTIONS = ("accum_dtype", "return_predicted_tokens", "return_token_accuracy", "skip_logits", "use_token_scaling")
+# Keywords of the loss that a forward may or may not pass on.
+LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels")
+_PATCH = "_liger_head"
+_GATE = "_liger_gate"
+
+
+class HeadLeftAlone(Exception):
+    """The model's head or loss cannot be fused; the message says why."""
+
+
+@dataclass(frozen=True)
+class HeadPatch:
+    """A fused head: its module name, how it was recognised, and what takes the patch off again."""
+
+    name: str
+    pattern: str
+    undo: Callable[[], None]
+
+
+def fuse_head(model: nn.Module) -> HeadPatch:
+    """Fuse the head and the loss of this model instance; a second call changes nothing.
+
+    Raises HeadLeftAlone with the reason where there is no single linear head or the forward takes no labels.
+    """
+    fusion = model.__dict__.get(_PATCH)
+    if fusion is None:
+        fusion = Fusion(model)
+        fusion.bind()
+    return HeadPatch(fusion.name, fusion.pattern, fusion.undo)
+
+
+def use_cross_entropy(model: nn.Module) -> HeadPatch:
+    """Make this model compute its causal loss with `liger_cross_entropy` on its ordinary logits.
+
+    Raises HeadLeftAlone where the model's loss is not transformers' causal LM loss.
+    """
+    current = getattr(model, "loss_function", None)
+    before = _saved(model, ["_loss_function"])
+    if isinstance(current, CrossEntropyLoss):
+        return HeadPatch("loss_function", "liger_cross_entropy", functools.partial(_restore, model, before))
+    if not _is_causal_loss(current):
+        raise HeadLeftAlone(f"its loss is {getattr(current, '__name__', current)}, not transformers' ForCausalLMLoss")
+    model.loss_function = CrossEntropyLoss(current)
+    return HeadPatch("loss_function", "liger_cross_entropy", functools.partial(_restore, model, before))
+
+
+# The window: one forward
+
+
+@dataclass
+class Window:
+    """What one forward of the model was asked for, and what its loss found."""
+
+    gate: Gate
+    defer: bool
+    options: dict = field(default_factory=dict)
+    keywords: dict = field(default_factory=dict)
+    results: dict = field(default_factory=dict)
+
+    def collect(self, results: tuple) -> None:
+        """Keep token_accuracy and predicted_tokens of an unpacked result."""
+        self.results.update(token_accuracy=results[2], predicted_tokens=results[3])
+
+    def first_use(self) -> bool:
+        """Whether this model's lazy logits are used for the first time."""
+        first, self.gate.used = not self.gate.used, True
+        return first
+
+
+class Gate:
+    """Shared by a model's forward, head and loss: the window that is open now, if any.
+
+    It refers to no module, so that a copy of the head alone (PEFT makes one) does not copy the model.
+    """
+
+    def __init__(self):
+        self.window: Window | None = None
+        self.used = False
+
+
+# The three bound pieces
+
+
+def _forward_for(inner: Callable) -> Callable:
+    """The patched forward, with the signature of the one it runs.
+
+    functools.wraps without __wrapped__: accelerate unwraps a forward as far as it can, which would take this off.
+    """
+
+    @functools.wraps(inner, updated=())
+    def forward(self, *args, **kwargs):
+        fusion = self.__dict__.get(_PATCH)
+        if fusion is not None:
+            return fusion.run(args, kwargs)
+        patch = fuse_head(self)
+        try:
+            return self.__dict__[_PATCH].run(args, kwargs)
+        finally:
+            patch.undo()
+
+    forward.__signature__ = inspect.signature(inner)
+    del forward.__wrapped__
+    forward.__dict__[_PATCH] = True
+    return forward
+
+
+def _head_forward(self, hidden, *args, reduce=None, **kwargs):
+    gate = self.__dict__[_GATE]
+    if reduce is not None:
+        return reduce(hidden, *_weight_and_bias(self))
+    window = gate.window
+    if window is None or not window.defer or args or kwargs or not _is_foldable(self):
+        return _own_forward(self)(hidden, *args, **kwargs)
+    return LazyLogits(_lora_inputs(self, hidden), self, _base(self).weight.shape[0], window)
+
+
+_head_forward.__name__ = "forward"  # pickle stores a bound method by name; the class's forward is the one to find
+
+
+class FusedLoss:
+    """model.loss_function: the fused causal loss for lazy logits, the model's own loss for real ones."""
+
+    def __init__(self, gate: Gate, own: Callable):
+        self.gate = gate
+        self.own = own
+
+    def __call__(self, logits=None, labels=None, vocab_size=None, *args, **kwargs):
+        window = self.gate.window
+        causal = not args and _is_causal_loss(self.own)
+        if window is not None and causal:
+            kwargs = {**window.keywords, **kwargs}
+        if not causal or not isinstance(logits, LazyLogits) or not logits.is_fusable() or logits.size(-1) != vocab_size:
+            return self.own(logits, labels, vocab_size, *args, **kwargs)
+        return self._fused(window, logits, labels, kwargs)
+
+    def _fused(self, window, logits, labels, kwargs):
+        kwargs = {**kwargs, **window.options, **scale_options(logits, "final_logit_softcapping")}
+
+        def loss(hidden, weight, bias):
+            if bias is not None:
+                kwargs["bias"] = bias
+            result = loss_utils.LigerForCausalLMLoss(
+                hidden_states=hidden, lm_head_weight=weight, labels=labels, hidden_size=hidden.shape[-1], **kwargs
+            )
+            return loss_utils.unpack_cross_entropy_result(result)
+
+        results = logits.reduce(loss)
+        window.collect(results)
+        return results[0].to(logits.device, torch.float32)  # transformers computes the loss of logits.float()
+
+
+class CrossEntropyLoss:
+    """model.loss_function for an explicit cross_entropy=True: our cross entropy on ordinary logits."""
+
+    def __init__(self, own: Callable):
+        self.own = own
+
+    def __call__(
+        self, logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs
+    ):
+        if shift_labels is None:
+            shift_labels = torch_functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        loss = functional.liger_cross_entropy(
+            logits.reshape(-1, vocab_size),
+            shift_labels.reshape(-1).to(logits.device),
+            ignore_index=ignore_index,
+            reduction="mean" if num_items_in_batch is None else "sum",
+        ).float()
+        if num_items_in_batch is None:
+            return loss
+        if isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        return loss / num_items_in_batch
+
+
+class Fusion:
+    """What is bound to one model, and how to take it off. Copied with the model; not pickled, as forwards are not."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.slot = _forward_slot(model)
+        self.inner = model.__dict__.get(self.slot)
+        if self.inner is None:
+            self.inner = MethodType(_class_forward(type(model)), model)
+        signature = inspect.signature(self.inner).parameters
+        if "labels" not in signature:
+            raise HeadLeftAlone("its forward takes no labels, so it computes no loss")
+        self.labels_at = list(signature).index("labels")
+        self.passes_on = any(p.kind is p.VAR_KEYWORD for p in signature.values())
+        self.accepts = frozenset(signature)
+        self.gate = Gate()
+        self.enabled = True
+        self.head, self.name, self.pattern = find_head(model)
+
+    def bind(self) -> None:
+        """Bind forward, head and loss of the model."""
+        model = self.model
+        self.model_before = _saved(model, [self.slot, "_loss_function", _PATCH])
+        own = getattr(model, "loss_function", None)
+        model.__dict__[_PATCH] = self
+        model.__dict__[self.slot] = MethodType(_forward_for(self.inner), model)
+        if own is not None:
+            model.loss_function = FusedLoss(self.gate, own)
+        self._bind_head()
+
+    def _bind_head(self) -> None:
+        head, slot = self.head, _forward_slot(self.head)
+        self.head_before = _saved(head, [slot, _GATE])
+        head.__dict__[_GATE] = self.gate
+        head.__dict__[slot] = MethodType(_head_forward, head)
+
+    def undo(self) -> None:
+        """Take everything off. A forward that someone has wrapped since goes on to run the model's own one."""
+        self.enabled = False
+        forward = self.model.__dict__.get(self.slot)
+        if not getattr(getattr(forward, "__func__", None), _PATCH, False):
+            self.model_before.pop(self.slot)
+        if not isinstance(self.model.__dict__.get("_loss_function"), FusedLoss):
+            self.model_before.pop("_loss_function")
+        _restore(self.model, self.model_before)
+        _restore(self.head, self.head_before)
+
+    def _follow_head(self) -> bool:
+        """Whether the model's head is fused; one replaced since (PEFT, resized embeddings) is bound first."""
+        try:
+            head, name, pattern = find_head(self.model)
+        except HeadLeftAlone as reason:
+            if self.head is not None:
+                warnings.warn(f"the LM head is not fused any more: {reason}", stacklevel=5)
+                self.head = None
+            return False
+        if head is not self.head:
+            if self.head is not None:
+                _restore(self.head, self.head_before)
+            self.head, self.name, self.pattern = head, name, pattern
+            self._bind_head()
+        return True
+
+    def run(self, args: tuple, kwargs: dict):
+        """The model's own forward, in a window that its head and its loss look at."""
+        if not self.enabled:
+            return self.inner(*args, **kwargs)
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs and name not in self.accepts}
+        options = {name: value for name, value in options.items() if value is not None}
+        skip_logits = options.pop("skip_logits", None)
+        keywords = {name: kwargs[name] for name in LOSS_KEYWORDS if kwargs.get(name) is not None}
+        if not self.passes_on:
+            for name in LOSS_KEYWORDS:
+                if name not in self.accepts:
+                    kwargs.pop(name, None)
+        labels = args[self.labels_at] if len(args) > self.labels_at else kwargs.get("labels")
+        if labels is None and "shift_labels" in keywords and len(args) <= self.labels_at:
+            labels = kwargs["labels"] = keywords["shift_labels"]
+        keeps_lazy = self.model.training and labels is not None and torch.is_grad_enabled()
+        keeps_lazy = keeps_lazy if skip_logits is None else bool(skip_logits)
+        defer = keeps_lazy or (labels is not None and any(options.values()))
+        if defer and not torch.compiler.is_compiling():
+            defer = self._follow_head()
+        before = self.gate.window
+        window = self.gate.window = Window(self.gate, defer, options, keywords)
+        try:
+            output = self.inner(*args, **kwargs)
+        finally:
+            self.gate.window = before
+        return self._finish(output, window, keeps_lazy)
+
+    def _finish(self, output, window: Window, keeps_lazy: bool):
+        if window.defer and not keeps_lazy:
+            output = _with_real_logits(output)
+        wanted = {name: window.results.get(name) for name in ("token_accuracy", "predicted_tokens")}
+        wanted = {name: value for name, value in wanted.items() if window.options.get(f"return_{name}")}
+        return with_results(output, wanted) if wanted else output
+
+    def __reduce__(self):
+        return type(None), ()
+
+    def __deepcopy__(self, memo):
+        new = memo[id(self)] = object.__new__(Fusion)
+        new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return new
+
+
+def lce_forward(
+    self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, labels=None,
+    use_cache=None, output_attentions=None, output_hidden_states=None, return_dict=None, cache_position=None,
+    logits_to_keep=0, skip_logits=None, **kwargs,
+):  # fmt: skip
+    """Signature of the forwards in liger_kernel.transformers.model."""
+
+
+lce_forward = _forward_for(lce_forward)
+
+
+# Finding the head
+
+
+def find_head(model: nn.Module) -> tuple[nn.Module, str, str]:
+    """(the module whose call is fused, its name in the model, how it was recognised); HeadLeftAlone otherwise."""
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        head = get() if get is not None else None
+    except (AttributeError, NotImplementedError):
+        head = None
+    if head is None:
+        raise HeadLeftAlone("it has no output embeddings")
+    pattern = "linear"
+    if _is_peft(head, "ModulesToSaveWrapper"):
+        active = head.active_adapters
+        unwrapped = head.disable_adapters or not active or active[0] not in head.modules_to_save
+        head, pattern = (head.original_module if unwrapped else head.modules_to_save[active[0]]), "modules_to_save"
+    if _is_lora(head):
+        pattern = "lora"
+        reason = _why_not_lora(head)
+    else:
+        reason = _why_not_linear(head)
+    slot = _forward_slot(head)
+    bound = head.__dict__.get(slot)
+    if reason is None and bound is not None and getattr(bound, "__func__", None) is not _head_forward:
+        if not (slot == "_old_forward" and getattr(bound, "__func__", None) is type(head).forward):
+            reason = "someone else has replaced the head's forward"
+    if reason is not None:
+        raise HeadLeftAlone(reason)
+    if _base(head).bias is not None:
+        pattern += " with bias"
+    name = next((name for name, module in model.named_modules(remove_duplicate=False) if module is head), "head")
+    return head, name, pattern
+
+
+def _why_not_linear(head) -> str | None:
+    kind = type(head)
+    sharded = kind.__name__ == f"FSDP{nn.Linear.__name__}" and kind.__mro__[2] is nn.Linear  # FSDP2's class of a Linear
+    if kind is not nn.Linear and not sharded:
+        return f"its head is a {kind.__module__}.{kind.__name__}, not a torch.nn.Linear"
+    if isinstance(head.weight, torch.Tensor) and not head.weight.is_floating_point():
+        return f"its head holds {head.weight.dtype} weights"
+    hooks = [hook for hook in head._forward_hooks.values() if not _is_plumbing(hook)]
+    return "someone has put a forward hook on the head, which sees its logits" if hooks else None
+
+
+def _is_plumbing(hook) -> bool:
+    """Whether a forward hook belongs to a sharding library, which does not look at the logits."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return (getattr(hook, "__module__", None) or "").startswith(("torch.distributed.", "deepspeed."))
+
+
+def _is_peft(module, name: str) -> bool:
+    return type(module).__name__ == name and type(module).__module__.startswith("peft.")
+
+
+def _is_lora(module) -> bool:
+    return type(module).__name__ == "Linear" and type(module).__module__ == "peft.tuners.lora.layer"
+
+
+def _why_not_lora(head) -> str | None:
+    if head.fan_in_fan_out or any(name in getattr(head, "lora_variant", {}) for name in head.active_adapters):
+        return "its head's adapter is a LoRA variant that does not fold into a weight"
+    if any(getattr(head, "use_dora", {}).get(name) for name in head.active_adapters):
+        return "its head's adapter is DoRA, which does not fold into a weight"
+    return _why_not_linear(head.base_layer)
+
+
+def _base(head) -> nn.Module:
+    return head.base_layer if _is_lora(head) else head
+
+
+def _is_foldable(head) -> bool:
+    """Whether the head's call is hidden @ weight^T + bias with plain tensors at this moment."""
+    if _is_lora(head) and head.disable_adapters and head.merged:
+        return False  # PEFT unmerges in this call
+    weight = _base(head).weight
+    return type(weight) in (nn.Parameter, torch.Tensor) and weight.dim() == 2  # a DTensor's result would be sharded
+
+
+def _lora_terms(head) -> list:
+    """(A, B, dropout, scaling) of each adapter that takes part in the head's call."""
+    if not _is_lora(head) or head.disable_adapters or head.merged:
+        return []
+    names = [name for name in head.active_adapters if name in head.lora_A]
+    return [(head.lora_A[n], head.lora_B[n], head.lora_dropout[n], head.scaling[n]) for n in names]
+
+
+def _lora_inputs(head, hidden):
+    """[x, s A(x)]: against [W, B] it gives x W^T + s A(x) B^T, so gradients reach A and B with no weight of their sum.
+
+    A(x) is computed once, here: its dropout must not be drawn again when the loss or the logits are computed.
+    """
+    terms = _lora_terms(head)
+    if not terms:
+        return hidden
+    parts = [(a(dropout(hidden.to(a.weight.dtype))) * scaling).to(hidden.dtype) for a, _, dropout, scaling in terms]
+    return torch.cat([hidden, *parts], dim=-1)
+
+
+def _weight_and_bias(head):
+    base, terms = _base(head), _lora_terms(head)
+    weight, bias = base.weight, base.bias
+    if terms:
+        weight = torch.cat([weight, *(b.weight.to(weight.dtype) for _, b, _, _ in terms)], dim=1)
+    for _, b, _, scaling in terms:
+        if b.bias is not None:
+            bias = b.bias * scaling if bias is None else bias + b.bias * scaling
+    return weight, bias
+
+
+# Small things
+
+
+def _forward_slot(module: nn.Module) -> str:
+    """Where a forward is replaced: under accelerate's hook where there is one, so that the hook still runs."""
+    return "_old_forward" if "_old_forward" in module.__dict__ and hasattr(module, "_hf_hook") else "forward"
+
+
+def _own_forward(head) -> Callable:
+    return MethodType(type(head).forward, head)
+
+
+def _class_forward(kind: type) -> Callable:
+    for base in kind.__mro__:
+        forward = base.__dict__.get("forward")
+        if forward is not None and not getattr(forward, _PATCH, False) and base is not nn.Module:
+            return forward
+    raise HeadLeftAlone(f"{kind.__name__}.forward has been replaced; bind the fused forward to an instance instead")
+
+
+def _is_causal_loss(function) -> bool:
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    return function is ForCausalLMLoss
+
+
+_is_causal_loss._dynamo_marked_constant = True  # type: ignore[attr-defined]  # imports while tracing
+
+
+def _with_real_logits(output):
+    if isinstance(output, tuple):
+        return tuple(v.materialize(quiet=True) if isinstance(v, LazyLogits) else v for v in output)
+    if isinstance(getattr(output, "logits", None), LazyLogits):
+        output.logits = output.logits.materialize(quiet=True)
+    return output
+
+
+_MISSING = object()
+
+
+def _saved(module: nn.Module, names: list[str]) -> dict:
+    return {name: module.__dict__.get(name, _MISSING) for name in names}
+
+
+def _restore(module: nn.Module, before: dict) -> None:
+    for name, value in before.items():
+        if value is _MISSING:
+            module.__dict__.pop(name, None)
+        else:
+            module.__dict__[name] = value

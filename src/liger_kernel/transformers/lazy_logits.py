@@ -1,0 +1,392 @@
+"""Logits that are not computed until someone looks: what a fused LM head returns in place of hidden @ weight^T.
+
+The model's own forward goes on with them: dtype casts, scales, soft caps, slices and views are recorded. A cross
+entropy of them runs fused, without the logits ever existing whole; any other use computes the true logits once.
+A plain Python object, not a Tensor subclass, because Dynamo traces through it without a graph break.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch.nn import functional as torch_functional
+
+
+class LazyLogits:
+    """Logits of `head` on `hidden` (..., H), shaped (..., V), with the elementwise steps taken since.
+
+    head(hidden, reduce=f) must return f(hidden, weight, bias), run inside the module's call so that its hooks
+    (FSDP, ZeRO, offloading) have the weight in place. window holds the options of the forward it was made in.
+    """
+
+    def __init__(self, hidden, head, vocab_size, window=None, steps=(), dtype=None, vocab=None, grad=None, device=None):
+        self.hidden = hidden
+        self.head = head
+        self.window = window
+        self._vocab_size = vocab_size
+        self._steps = steps
+        self._vocab = vocab
+        self._compute_dtype = None
+        if dtype is None and torch.is_autocast_enabled(hidden.device.type) and hidden.dtype is not torch.float64:
+            self._compute_dtype = dtype = torch.get_autocast_dtype(hidden.device.type)
+        self.dtype = dtype or hidden.dtype
+        self._grad = torch.is_grad_enabled() if grad is None else grad
+        self.device = device or hidden.device
+        self._value: torch.Tensor | None = None
+        self._settled = False
+        self._made_at = None if torch.compiler.is_compiling() else _version(head)
+
+    def _like(self, **changes) -> LazyLogits:
+        new = object.__new__(LazyLogits)
+        new.__dict__.update(self.__dict__)
+        new.__dict__.update(_value=None, **changes)
+        return new
+
+    def _step(self, name: str, value: Any, **changes) -> LazyLogits:
+        return self._like(_steps=(*self._steps, (name, value)), **changes)
+
+    # What a tensor knows about itself
+
+    @property
+    def shape(self) -> torch.Size:
+        start, stop = self._vocab or (0, self._vocab_size)
+        return torch.Size((*self.hidden.shape[:-1], stop - start))
+
+    def size(self, dim: int | None = None):
+        return self.shape if dim is None else self.shape[dim]
+
+    @property
+    def ndim(self) -> int:
+        return self.hidden.dim()
+
+    def dim(self) -> int:
+        return self.hidden.dim()
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def requires_grad(self) -> bool:
+        return self._grad
+
+    def is_floating_point(self) -> bool:
+        return True
+
+    def is_contiguous(self, **options) -> bool:
+        return True
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    # Steps that are recorded
+
+    def float(self):
+        return self.to(torch.float32)
+
+    def contiguous(self, **options):
+        return self
+
+    def to(self, *args, **kwargs):
+        """Recorded where it changes the dtype or the device; the hidden states stay where they are."""
+        if self._settled:
+            return self.materialize().to(*args, **kwargs)
+        new = self
+        for target in (*args, kwargs.get("dtype"), kwargs.get("device")):
+            if isinstance(target, torch.dtype):
+                new = new if target is new.dtype else new._step("to", target, dtype=target)
+            elif isinstance(target, (torch.device, str, int)) and not isinstance(target, bool):
+                device = torch.device(target)
+                same = device.type == new.device.type and device.index in (None, new.device.index)
+                new = new if same else new._step("to", device, device=device)
+            elif isinstance(target, torch.Tensor):
+                new = new.to(target.device, target.dtype)
+        return new
+
+    def view(self, *shape):
+        sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+        lead = self.shape[:-1]
+        if not self._settled and sizes and all(isinstance(size, (int, torch.SymInt)) for size in sizes):
+            vocab = self.shape[-1]
+            whole = sizes[-1] == -1 and -1 not in sizes[:-1] and math.prod(sizes[:-1]) == math.prod(lead)
+            if sizes[-1] == vocab or whole:
+                return self._like(hidden=self.hidden.reshape(*sizes[:-1], self.hidden.shape[-1]))
+        return self.materialize().reshape(*sizes)
+
+    reshape = view
+
+    def flatten(self, start_dim: int = 0, end_dim: int = -1):
+        last = end_dim + self.ndim if end_dim < 0 else end_dim
+        if not self._settled and last < self.ndim - 1:
+            return self._like(hidden=self.hidden.flatten(start_dim, last))
+        return self.materialize().flatten(start_dim, end_dim)
+
+    def __getitem__(self, index):
+        new = None if self._settled else self._sliced(index)
+        return self.materialize()[index] if new is None else new
+
+    def _sliced(self, index) -> LazyLogits | None:
+        """The lazy result of an index of slices and ints, or of one tensor over leading dims; None otherwise."""
+        if isinstance(index, torch.Tensor):
+            used = index.dim() if index.dtype is torch.bool else 1
+            return self._like(hidden=self.hidden[index]) if used < self.ndim else None
+        parts = index if isinstance(index, tuple) else (index,)
+        if not all(isinstance(part, (slice, int)) or part is Ellipsis for part in parts):
+            return None
+        if Ellipsis in parts:
+            at = parts.index(Ellipsis)
+            parts = parts[:at] + (slice(None),) * (self.ndim - len(parts) + 1) + parts[at + 1 :]
+        parts = parts + (slice(None),) * (self.ndim - len(parts))
+        last = parts[-1]
+        if not isinstance(last, slice) or last.step not in (None, 1):
+            return None
+        vocab = self._vocab
+        if last != slice(None):
+            start, stop, _ = last.indices(self.shape[-1])
+            first = vocab[0] if vocab else 0
+            vocab = (first + start, first + max(start, stop))
+        return self._like(hidden=self.hidden[parts[:-1]], _vocab=vocab)
+
+    def __mul__(self, factor):
+        if _is_number(factor) and not self._settled:
+            return self._step("mul", factor)
+        return self.materialize() * _real(factor)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor):
+        if _is_number(divisor) and not self._settled:
+            return self._step("div", divisor)
+        return self.materialize() / _real(divisor)
+
+    mul = __mul__
+    div = __truediv__
+
+    def tanh(self):
+        return self.materialize().tanh() if self._settled else self._step("tanh", None)
+
+    def detach(self):
+        if self._settled:
+            return self.materialize().detach()
+        return self._like(hidden=self.hidden.detach(), _grad=False)
+
+    # The fused way
+
+    def scales(self) -> tuple[float, float | None] | None:
+        """(logit_scale, softcap) with logits = softcap * tanh(logit_scale * z / softcap), z = hidden @ weight^T.
+
+        Without a softcap logits = logit_scale * z. None for steps that this form does not cover.
+        """
+        inner, divisor, outer, capped = 1.0, 1.0, 1.0, False
+        for name, value in self._steps:
+            if name == "tanh":
+                if capped:
+                    return None
+                capped = True
+            elif name == "mul" and capped:
+                outer *= value
+            elif name == "div" and capped:
+                outer /= value
+            elif name == "mul":
+                inner *= value
+            elif name == "div":
+                divisor *= value
+        if not capped:
+            return inner / divisor, None
+        return (inner * outer / divisor, outer) if outer > 0 else None
+
+    def is_fusable(self) -> bool:
+        """Whether a cross entropy of these logits needs no logits."""
+        return not self._settled and self.scales() is not None
+
+    def reduce(self, function: Callable):
+        """function(hidden, weight, bias), run inside the head's call, in the dtype that the head would compute in."""
+
+        def cast(hidden, weight, bias):
+            if self._vocab is not None:
+                weight = weight[slice(*self._vocab)]
+                bias = None if bias is None else bias[slice(*self._vocab)]
+            if self._compute_dtype is None:
+                return function(hidden, weight, bias)
+            dtype = self._compute_dtype
+            bias = None if bias is None else bias.to(dtype)
+            with torch.autocast(hidden.device.type, enabled=False):
+                return function(hidden.to(dtype), weight.to(dtype), bias)
+
+        with nullcontext() if self._grad else torch.no_grad():
+            return self.head(self.hidden, reduce=cast)
+
+    def cross_entropy(self, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
+        """F.cross_entropy of these logits (T, V) and target (T,), fused; the loss has the logits' dtype."""
+        from liger_kernel.transformers import functional
+        from liger_kernel.transformers.model.loss_utils import unpack_cross_entropy_result
+
+        options = {} if self.window is None else dict(self.window.options)
+        options.update(scale_options(self, "softcap"))
+        if weight is not None:
+            options["ce_weight"] = weight
+        if label_smoothing:
+            options["label_smoothing"] = label_smoothing
+
+        def loss(hidden, lm_head_weight, bias):
+            given = options if bias is None else options | {"bias": bias}
+            result = functional.liger_fused_linear_cross_entropy(
+                hidden,
+                lm_head_weight,
+                target.to(hidden.device),
+                ignore_index=ignore_index,
+                reduction=reduction,
+                **given,
+            )
+            return unpack_cross_entropy_result(result)
+
+        results = self.reduce(loss)
+        if self.window is not None:
+            self.window.collect(results)
+        return results[0].to(device=self.device, dtype=self.dtype)
+
+    # The true logits
+
+    def materialize(self, quiet: bool = False) -> torch.Tensor:
+        """The true logits, computed at the first call and kept."""
+        if self._value is None:
+            if not torch.compiler.is_compiling():
+                self._check_weight()
+                if not quiet:
+                    self._warn()
+            value = self.reduce(torch_functional.linear)
+            with nullcontext() if self._grad else torch.no_grad():
+                for name, operand in self._steps:
+                    value = value.tanh() if name == "tanh" else getattr(value, name)(operand)
+            self._value = value
+        return self._value
+
+    def _check_weight(self) -> None:
+        if self._made_at is not None and _version(self.head) not in (None, self._made_at):
+            raise RuntimeError(
+                "these logits were not computed during the forward, and the LM head's weight has changed since: use "
+                "outputs.logits before the optimizer step, or call the model with skip_logits=False"
+            )
+
+    def _warn(self) -> None:
+        if self.window is not None and self.window.first_use():
+            size = self.numel() * torch.empty((), dtype=self.dtype).element_size() / 2**20
+            warnings.warn(
+                f"the logits of a fused LM head were used: computing all {tuple(self.shape)} of them takes "
+                f"{size:,.1f} MiB that the fused loss saves (shown once; skip_logits=False gives ordinary logits)",
+                stacklevel=4,
+            )
+
+    def __getattr__(self, name: str):
+        if name in _LIKE_HIDDEN:
+            return getattr(self.hidden, name)
+        if name.startswith("_") or not hasattr(torch.Tensor, name):
+            raise AttributeError(f"LazyLogits has no attribute {name!r}")
+        value = self.materialize()
+        if name.endswith("_"):
+            self._settled = True  # changed in place: the recorded steps no longer say what the values are
+        return getattr(value, name)
+
+    def __setitem__(self, index, value) -> None:
+        if self._value is None:
+            self._value = self.materialize().clone()
+        self._settled = True
+        self._value[index] = _real(value)
+
+    def __iter__(self):
+        return iter(self.materialize())
+
+    def __array__(self, *args, **kwargs):
+        return self.materialize().detach().__array__(*args, **kwargs)
+
+    def __reduce__(self):
+        return _identity, (self.materialize().detach(),)
+
+    def __deepcopy__(self, memo):
+        return self.materialize().detach().clone()
+
+    __hash__ = object.__hash__
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch_functional.cross_entropy:
+            loss = _fused_cross_entropy(*args, **kwargs)
+            if loss is not None:
+                return loss
+        name = getattr(func, "__name__", "")
+        if args and isinstance(args[0], LazyLogits) and name in _RECORDED:
+            return getattr(args[0], name)(*args[1:], **kwargs)
+        if args and isinstance(args[0], LazyLogits) and name.endswith("_") and not name.endswith("__"):
+            args[0]._settled = True
+        return func(*_real(tuple(args)), **_real(kwargs))
+
+
+def scale_options(logits: LazyLogits, softcap_name: str) -> dict[str, float]:
+    """The recorded scale and soft cap as keyword arguments of a fused loss; what has no effect is left out."""
+    scale, softcap = logits.scales() or (1.0, None)
+    options = {} if scale == 1.0 else {"logit_scale": scale}
+    return options if softcap is None else options | {softcap_name: softcap}
+
+
+def _fused_cross_entropy(
+    input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean", label_smoothing=0.0
+):
+    """The fused loss for F.cross_entropy's arguments, None where they ask for something else."""
+    if not isinstance(input, LazyLogits) or not isinstance(target, torch.Tensor) or target.is_floating_point():
+        return None
+    if input.ndim != 2 or target.dim() != 1 or size_average is not None or reduce is not None:
+        return None
+    if not input.is_fusable():
+        return None
+    return input.cross_entropy(target, weight, ignore_index, reduction, label_smoothing)
+
+
+def _version(head) -> int | None:
+    weight = getattr(head, "weight", None)
+    if type(weight) is not torch.nn.Parameter or weight.is_inference():
+        return None
+    return weight._version
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _real(value):
+    if isinstance(value, LazyLogits):
+        return value.materialize()
+    if isinstance(value, dict):
+        return {key: _real(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+        return type(value)(_real(item) for item in value)
+    return value
+
+
+def _identity(value):
+    return value
+
+
+def _through_value(name):
+    def method(self, *args):
+        return getattr(self.materialize(), name)(*_real(args))
+
+    method.__name__ = name
+    return method
+
+
+_LIKE_HIDDEN = {"is_cpu", "is_cuda", "is_hpu", "is_meta", "is_mps", "is_npu", "is_sparse", "is_xpu", "layout"}
+_RECORDED = {"contiguous", "detach", "div", "flatten", "float", "mul", "reshape", "tanh", "to", "true_divide", "view"}
+for _name in (
+    "add", "radd", "sub", "rsub", "rtruediv", "floordiv", "mod", "pow", "rpow", "matmul", "rmatmul", "neg", "abs",
+    "eq", "ne", "lt", "le", "gt", "ge", "bool", "float", "int",
+):  # fmt: skip
+    setattr(LazyLogits, f"__{_name}__", _through_value(f"__{_name}__"))
+LazyLogits.true_divide = LazyLogits.__truediv__

@@ -1,0 +1,113 @@
+"""The loss of a fused LM head, under the names that other projects replace.
+
+Each function looks the next one up when it is called, `LigerForCausalLMLoss` -> `fixed_fused_linear_cross_entropy` ->
+`functional.liger_fused_linear_cross_entropy`, so a replacement of any of them takes effect.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import lru_cache
+
+import torch
+
+from liger_kernel.transformers import functional
+
+
+def unpack_cross_entropy_result(result) -> tuple:
+    """(loss, z_loss, token_accuracy, predicted_tokens) of a CrossEntropyOutput, a tuple or a bare loss."""
+    if isinstance(result, tuple):
+        return (*result, None, None, None)[:4]
+    if isinstance(result, torch.Tensor):
+        return result, None, None, None
+    return result.loss, result.z_loss, result.token_accuracy, result.predicted_tokens
+
+
+def fixed_fused_linear_cross_entropy(
+    hidden_states: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    target: torch.Tensor,
+    num_items_in_batch: int | torch.Tensor | None = None,
+    ignore_index: int = -100,
+    final_logit_softcapping: float | None = None,
+    accum_dtype: torch.dtype | None = None,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+    **kwargs,
+):
+    """Cross entropy of hidden_states (T, H) @ lm_head_weight (V, H)^T against target (T,), without the logits.
+
+    The mean over the tokens that are not ignored or, with num_items_in_batch, their sum divided by it. Returns the
+    loss, or a CrossEntropyOutput where return_token_accuracy or return_predicted_tokens is set. Further keywords go
+    to `liger_fused_linear_cross_entropy`.
+    """
+    result = functional.liger_fused_linear_cross_entropy(
+        hidden_states,
+        lm_head_weight,
+        target,
+        reduction="mean" if num_items_in_batch is None else "sum",
+        ignore_index=ignore_index,
+        softcap=final_logit_softcapping,
+        accum_dtype=accum_dtype,
+        return_token_accuracy=return_token_accuracy,
+        return_predicted_tokens=return_predicted_tokens,
+        **kwargs,
+    )
+    loss, _, token_accuracy, predicted_tokens = unpack_cross_entropy_result(result)
+    if num_items_in_batch is not None:
+        if isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        loss = loss / num_items_in_batch
+    if not return_token_accuracy and not return_predicted_tokens:
+        return loss
+    return functional.CrossEntropyOutput(loss=loss, token_accuracy=token_accuracy, predicted_tokens=predicted_tokens)
+
+
+def LigerForCausalLMLoss(
+    hidden_states: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    labels: torch.Tensor | None,
+    hidden_size: int,
+    num_items_in_batch: int | torch.Tensor | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    final_logit_softcapping: float | None = None,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+    **kwargs,
+):
+    """Causal LM loss of hidden_states (..., H) and labels (...): the token at i predicts the label at i + 1.
+
+    shift_labels, where given, are labels already shifted. Keywords that the fused op does not know are dropped, as
+    transformers passes everything it was given. Returns what `fixed_fused_linear_cross_entropy` returns.
+    """
+    known = _loss_options(functional.liger_fused_linear_cross_entropy)
+    kwargs = {name: value for name, value in kwargs.items() if name in known}
+    if shift_labels is None:
+        shift_labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    return fixed_fused_linear_cross_entropy(
+        hidden_states.reshape(-1, hidden_size),
+        lm_head_weight,
+        shift_labels.reshape(-1).to(hidden_states.device),
+        num_items_in_batch,
+        ignore_index,
+        final_logit_softcapping,
+        return_token_accuracy=return_token_accuracy,
+        return_predicted_tokens=return_predicted_tokens,
+        **kwargs,
+    )
+
+
+@lru_cache
+def _loss_options(function) -> frozenset[str]:
+    """Keywords that the fused op takes; those of our own op where a wrapper only says (*args, **kwargs)."""
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        from liger_kernel.ops.fused_linear_cross_entropy import liger_fused_linear_cross_entropy as own
+
+        parameters = {**inspect.signature(own).parameters, **parameters}
+    # reduction and softcap have names of their own here; passing them on would give them twice
+    return frozenset(parameters) - {"input", "weight", "target", "reduction", "softcap"}
+
+
+_loss_options._dynamo_marked_constant = True  # type: ignore[attr-defined]  # read while tracing, never traced
