@@ -18,6 +18,11 @@ class Model:
     mlp: str = "swiglu"
     tiny: dict = field(default_factory=dict)
 
+    def flags(self) -> dict[str, bool]:
+        """The flags of the family's function, in upstream's order, with what they come to when they are not given."""
+        names = ("rope", "cross_entropy", "fused_linear_cross_entropy", "rms_norm", self.mlp)
+        return {name: name != "cross_entropy" for name in names}
+
 
 TINY = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             vocab_size=256, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip

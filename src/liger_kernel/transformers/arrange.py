@@ -1,0 +1,117 @@
+"""Patching by model type: every instance of a type, built later or already alive, without being handed one.
+
+The classes of the type get two thin wrappers: an instance is patched when its construction ends, one that was there
+before at its first forward. `withdraw` takes the wrappers off again.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import threading
+import weakref
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from liger_kernel.transformers import patch
+
+_building = threading.local()  # how many constructors of arranged classes are running
+
+
+@dataclass
+class _Arrangement:
+    flags: dict
+    originals: list[tuple[type, str, object]] = field(default_factory=list)
+    models: weakref.WeakSet = field(default_factory=weakref.WeakSet)
+
+    def patch(self, model: nn.Module) -> None:
+        self.models.add(model)
+        patch.apply_liger_kernel(model, **self.flags)
+
+
+_arranged: dict[str, _Arrangement] = {}
+
+
+def arrange(model_type: str, **flags) -> None:
+    """Patch every instance of a model type with these flags from now on; again with others: these count.
+
+    Raises ValueError for a type transformers does not know, and for both loss flags at once.
+    """
+    patch._choose({f: flags.get(f) for f in patch.FLAGS})
+    if patch.disabled():
+        patch.logger.info("LIGER_KERNEL_DISABLE is set: nothing is arranged for %s", model_type)
+        return
+    known = _arranged.get(model_type)
+    if known is not None:
+        known.flags = flags
+        for model in list(known.models):
+            known.patch(model)
+        return
+    arrangement = _Arrangement(flags)
+    for cls in classes_of(model_type):
+        arrangement.originals += [(cls, name, cls.__dict__.get(name)) for name in ("__init__", "forward")]
+        cls.__init__ = _patching_init(cls.__init__, arrangement)
+        cls.forward = _patching_forward(cls.forward, arrangement)
+    _arranged[model_type] = arrangement
+
+
+def withdraw(model_type: str) -> None:
+    """Undo `arrange`: the classes as they were, and the models that it patched reverted."""
+    if model_type not in _arranged:
+        raise ValueError(f"nothing is arranged for model type {model_type!r}; arranged: {sorted(_arranged)}")
+    arrangement = _arranged.pop(model_type)
+    for model in list(arrangement.models):  # first: what they displaced may be the wrappers below
+        patch.revert_liger_kernel(model)
+    for cls, name, original in arrangement.originals:
+        if original is None:
+            delattr(cls, name)
+        else:
+            setattr(cls, name, original)
+
+
+def classes_of(model_type: str) -> list[type]:
+    """The model classes that take the configuration of a type."""
+    from transformers import PreTrainedModel
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"transformers knows no model type {model_type!r}")
+    config = CONFIG_MAPPING[model_type]
+    modeling = importlib.import_module(config.__module__.replace(".configuration_", ".modeling_"))
+    return [
+        cls
+        for cls in vars(modeling).values()
+        if isinstance(cls, type)
+        and issubclass(cls, PreTrainedModel)
+        and cls.__module__ == modeling.__name__
+        and cls.config_class is config
+        and not cls.__name__.endswith("PreTrainedModel")
+    ]
+
+
+def _patching_init(original, arrangement):
+    @functools.wraps(original)
+    def __init__(self, *args, **kwargs):
+        _building.depth = getattr(_building, "depth", 0) + 1
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            _building.depth -= 1
+        if not _building.depth:  # the model, not the parts it builds of itself
+            arrangement.patch(self)
+
+    return __init__
+
+
+def _patching_forward(original, arrangement):
+    @functools.wraps(original)
+    def forward(self, *args, **kwargs):
+        if not torch.compiler.is_compiling() and not patch.is_patched(self):
+            arrangement.patch(self)
+            if "forward" in self.__dict__:
+                return self.forward(*args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    return forward

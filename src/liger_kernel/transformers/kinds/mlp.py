@@ -1,0 +1,169 @@
+"""Gated MLPs: down(act(gate(x)) * up(x)), with gate and up separate or packed in one linear.
+
+The child linears are called, never read, so PEFT, quantised and sharded linears keep their own forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from liger_kernel import ops
+from liger_kernel.transformers import functional
+from liger_kernel.transformers.kinds import probe
+from liger_kernel.transformers.kinds.probe import MAX_ERROR, MIN_SAME, Match, Refusal
+
+NAME = "mlp"
+ROWS = (4, 7)
+
+# activation -> (flag, what torch computes)
+ACTIVATIONS: dict[str, tuple[str, Callable]] = {
+    "silu": ("swiglu", F.silu),
+    "gelu_tanh": ("geglu", functools.partial(F.gelu, approximate="tanh")),
+    "gelu": ("geglu", F.gelu),
+}
+
+
+@dataclass(frozen=True)
+class MLP:
+    """A gated MLP's form, by the names of its children; gate == up where they are packed in one linear."""
+
+    gate: str
+    up: str
+    down: str
+    activation: str
+    gate_first: bool = True
+
+
+def _linears(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Child linears of any make, as name -> (in, out)."""
+    found = {}
+    for name, child in module._modules.items():
+        sizes = getattr(child, "in_features", None), getattr(child, "out_features", None)
+        if all(isinstance(s, int) for s in sizes):
+            found[name] = sizes
+    return found
+
+
+def _roles(linears: dict[str, tuple[int, int]]) -> Iterator[tuple[str, str, str]]:
+    """Ways to read the linears as (gate, up, down) by their sizes."""
+    for down, (inner, outer) in linears.items():
+        rest = [n for n in linears if n != down]
+        if len(rest) == 2 and all(linears[n] == (outer, inner) for n in rest):
+            yield from ((gate, up, down) for gate, up in itertools.permutations(rest))
+        elif len(rest) == 1 and linears[rest[0]] == (outer, 2 * inner):
+            yield rest[0], rest[0], down
+
+
+def candidate(module: nn.Module) -> bool:
+    """Two or three linears of matching sizes, nothing else that holds a tensor, and one input."""
+    if len(module._modules) < 2 or any(p is not None for p in module._parameters.values()) or module._buffers:
+        return False
+    linears = _linears(module)
+    others = [c for n, c in module._modules.items() if n not in linears and c is not None]
+    if any(True for c in others for _ in c.parameters()) or not any(True for _ in _roles(linears)):
+        return False
+    return len(probe.required_inputs(module)) == 1
+
+
+def _sizes(hidden: int, inner: int) -> dict[int, int]:
+    """Small stand-ins that keep which sizes are equal: attributes that hold a size are changed with the linears."""
+    small = 16
+    small_inner = {1: small, 2: 2 * small}.get(inner / hidden, small // 2 if hidden == 2 * inner else 24)
+    return {hidden: small, inner: small_inner, 2 * inner: 2 * small_inner}
+
+
+def _twin(module, linears, small, dtype, training):
+    children = {}
+    for seed, (name, (inner, outer)) in enumerate(linears.items()):
+        has_bias = getattr(module._modules[name], "bias", None) is not None
+        linear = nn.Linear(small[inner], small[outer], bias=has_bias, device="cpu", dtype=dtype)
+        for i, p in enumerate(linear.parameters()):
+            p.copy_(0.4 * probe.random(*p.shape, seed=10 * seed + i))
+        children[name] = linear
+    changed = {
+        k: small[v] for k, v in probe.settings(module).items() if type(v) is int and v in small and v > max(ROWS)
+    }
+    return probe.twin(module, {}, children, changed, training)
+
+
+def _formula(form: MLP, made: nn.Module, x):
+    children = made._modules
+    if form.gate == form.up:
+        first, second = children[form.gate](x).chunk(2, -1)
+        gate, up = (first, second) if form.gate_first else (second, first)
+    else:
+        gate, up = children[form.gate](x), children[form.up](x)
+    return children[form.down](ACTIVATIONS[form.activation][1](gate) * up)
+
+
+def _forms(linears) -> Iterator[MLP]:
+    for gate, up, down in _roles(linears):
+        orders = (True, False) if gate == up else (True,)
+        for activation, first in itertools.product(ACTIVATIONS, orders):
+            yield MLP(gate, up, down, activation, first)
+
+
+@probe.verified_once
+def verify(module: nn.Module) -> Match | Refusal:
+    """The form a candidate computes in training and evaluation, in fp32 and to the bit in bf16."""
+    linears = _linears(module)
+    _, _, down = next(_roles(linears))
+    inner, hidden = linears[down]
+    small = _sizes(hidden, inner)
+    x = probe.random(*ROWS, small[hidden], seed=7)
+    modes = ((torch.float32, True), (torch.float32, False), (torch.bfloat16, True))
+    closest = float("inf")
+    try:
+        twins = [_twin(module, linears, small, dtype, training) for dtype, training in modes]
+        originals = [probe.run(t, x.to(dtype)) for t, (dtype, _) in zip(twins, modes, strict=True)]
+    except Exception as problem:  # any code of any model may run here
+        kind = f"{type(problem).__name__}: {problem}".splitlines()[0]
+        return Refusal(NAME, f"cannot be run on one tensor ({kind})")
+    for form in _forms(linears):
+        ours = [_formula(form, t, x.to(dtype)) for t, (dtype, _) in zip(twins, modes, strict=True)]
+        found = max(probe.error(o, w) for o, w in zip(originals[:2], ours, strict=False))
+        closest = min(closest, found)
+        if found > MAX_ERROR:
+            continue
+        if (rate := probe.same(originals[2], ours[2])) < MIN_SAME:
+            return Refusal(NAME, f"agrees in fp32 but rounds bf16 in another order ({rate:.0%} of the bits agree)")
+        flag = ACTIVATIONS[form.activation][0]
+        kernel = f"{flag} {form.activation}" + (" packed" if form.gate == form.up else "")
+        return Match(NAME, flag, kernel, form, found)
+    return Refusal(NAME, f"has the linears of a gated MLP but fits no known formula (closest: {closest:.0e})")
+
+
+@functools.cache
+def forward(form: MLP, name: str = "forward"):
+    """The method that replaces an MLP's forward; `name` is the attribute it is bound under (pickle needs it)."""
+    packed = form.gate == form.up
+
+    def method(self, *args, **kwargs):
+        if len(args) != 1 or kwargs:
+            return type(self).forward(self, *args, **kwargs)
+        x = args[0]
+        gate = getattr(self, form.gate)(x)
+        if packed and form.activation == "silu" and form.gate_first:
+            return getattr(self, form.down)(ops.LigerFusedGateUpSiLUMulFunction.apply(gate))
+        if packed:
+            first, second = gate.chunk(2, -1)
+            gate, up = (first, second) if form.gate_first else (second, first)
+        else:
+            up = getattr(self, form.up)(x)
+        if form.activation == "silu":
+            product = functional.liger_swiglu(gate, up)
+        elif form.activation == "gelu_tanh":
+            product = functional.liger_geglu(gate, up)
+        else:
+            product = ops.LigerGELUMulFunction.apply(gate, up, "none")
+        return getattr(self, form.down)(product)
+
+    method.__name__ = name
+    return method
