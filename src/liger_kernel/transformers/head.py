@@ -225,6 +225,7 @@ class Fusion:
         model = self.model
         self.model_before = _saved(model, [self.slot, "_loss_function", _PATCH])
         own = getattr(model, "loss_function", None)
+        own = own.own if isinstance(own, FusedLoss) else own  # one that came with a pickled model
         model.__dict__[_PATCH] = self
         model.__dict__[self.slot] = MethodType(_forward_for(self.inner), model)
         if own is not None:
@@ -343,9 +344,9 @@ def find_head(model: nn.Module) -> tuple[nn.Module, str, str]:
         reason = _why_not_linear(head)
     slot = _forward_slot(head)
     bound = head.__dict__.get(slot)
-    if reason is None and bound is not None and getattr(bound, "__func__", None) is not _head_forward:
-        if not (slot == "_old_forward" and getattr(bound, "__func__", None) is type(head).forward):
-            reason = "someone else has replaced the head's forward"
+    known = _head_forward, type(head).forward  # the latter in a pickled head, and under accelerate's hook
+    if reason is None and bound is not None and getattr(bound, "__func__", None) not in known:
+        reason = "someone else has replaced the head's forward"
     if reason is not None:
         raise HeadLeftAlone(reason)
     if _base(head).bias is not None:
@@ -468,7 +469,8 @@ def _with_real_logits(output):
     return output
 
 
-_MISSING = object()
+class _MISSING:
+    """No such attribute. A class, because a copied or pickled one is still itself."""
 
 
 def _saved(module: nn.Module, names: list[str]) -> dict:
