@@ -66,24 +66,36 @@ _ELSEWHERE = {"cutile", "cutedsl", "cute"}
 _DEFAULT = ("", "auto", "default")
 
 _forced: str | None = os.environ.get("LIGER_KERNEL_IMPL") or None
-_resolved: dict[tuple[str, str], Kernels] = {}
+_resolved: dict[tuple[str, ...], Kernels] = {}
 _FP64 = "float64"
 
 
-def kernels(op: str, x: torch.Tensor) -> Kernels:
-    """The pair that runs `op` on a tensor like `x`; resolved once per device type, a dict lookup afterwards."""
+def kernels(op: str, x: torch.Tensor, impl: str | None = None) -> Kernels:
+    """The pair that runs `op` on a tensor like `x`; resolved once per device type, a dict lookup afterwards.
+
+    impl names one for this call alone (see known_impl); RuntimeError where it cannot run.
+    """
     # The kernels compute in fp32, so fp64 keeps its precision in the torch pair.
     device_type = x.device.type if x.dtype is not torch.float64 else _FP64
+    key = (op, device_type) if impl is None else (op, device_type, impl)
     if torch.compiler.is_compiling():
-        _resolve_all(x.device.type)
-    found = _resolved.get((op, device_type))
-    return found if found is not None else _resolve(op, device_type)
+        _resolve_all(x.device.type) if impl is None else _resolve_named(key)
+    found = _resolved.get(key)
+    return found if found is not None else _resolve(*key)
 
 
-def _resolve(op: str, device_type: str) -> Kernels:
-    pair = _torch_pair(op) if device_type == _FP64 else resolve(op, device_type).kernels
-    _resolved[op, device_type] = pair
+def _resolve(op: str, device_type: str, impl: str | None = None) -> Kernels:
+    pair = _torch_pair(op) if device_type == _FP64 else resolve(op, device_type, impl).kernels
+    _resolved[(op, device_type) if impl is None else (op, device_type, impl)] = pair
     return pair
+
+
+@backends.while_tracing
+def _resolve_named(key: tuple[str, str, str]) -> bool:
+    backends.device_of(torch.device(key[1] if key[1] != _FP64 else "cpu"))
+    if key not in _resolved:
+        _resolve(*key)
+    return True
 
 
 @backends.while_tracing
@@ -99,10 +111,10 @@ def _resolve_all(device_type: str) -> bool:
     return True
 
 
-def resolve(op: str, device_type: str) -> Resolution:
+def resolve(op: str, device_type: str, impl: str | None = None) -> Resolution:
     """Find the pair and say why it is this one. Raises ValueError or RuntimeError for a forced one that cannot run."""
     backend = backends.device_of(torch.device(device_type))
-    wanted = _wanted()
+    wanted = _wanted() if impl is None else known_impl(impl)
     if wanted == "torch":
         return Resolution(_torch_pair(op), "torch", "asked for")
     if wanted == "triton":
@@ -141,18 +153,25 @@ def _of_backend(op: str, device_type: str, backend: backends.Backend) -> Resolut
 
 
 def _wanted() -> str | None:
-    """The forced implementation: None for the default, else a known name. Raises ValueError for an unknown one."""
+    """The implementation forced for this process: None for the default. Raises ValueError for an unknown name."""
     global _forced
-    if _forced is None or _forced in _DEFAULT:
-        return None
     if _forced in _ELSEWHERE:
-        warnings.warn(f"LIGER_KERNEL_IMPL={_forced!r} is not needed here; the default kernels are used", stacklevel=3)
+        known_impl(_forced)
         _forced = None
+    return known_impl(_forced)
+
+
+def known_impl(name: str | None, asked: str = "LIGER_KERNEL_IMPL") -> str | None:
+    """`name` if it is an implementation, None where it means the default. Raises ValueError for any other name."""
+    if name is None or name in _DEFAULT:
+        return None
+    if name in _ELSEWHERE:
+        warnings.warn(f"{asked}={name!r} is not needed here; the default kernels are used", stacklevel=4)
         return None
     known = ["torch", "triton", *backends.all_backends()]
-    if _forced not in known:
-        raise ValueError(f"LIGER_KERNEL_IMPL={_forced!r} is not one of {sorted(known)}")
-    return _forced
+    if name not in known:
+        raise ValueError(f"{asked}={name!r} is not one of {sorted(known)}")
+    return name
 
 
 def _torch_pair(op: str) -> Kernels:
@@ -170,6 +189,11 @@ def _has_triton_pair(op: str) -> bool:
 def upcast(x: torch.Tensor) -> torch.Tensor:
     """x in the dtype the mathematics is done in: fp32, or fp64 where x is."""
     return x if x.dtype is torch.float64 else x.float()
+
+
+def debug_enabled() -> bool:
+    """Whether LIGER_KERNEL_DEBUG asks for checks that make the host wait for the device."""
+    return os.environ.get("LIGER_KERNEL_DEBUG", "") not in ("", "0")
 
 
 # Public: which implementation runs

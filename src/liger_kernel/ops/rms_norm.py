@@ -49,10 +49,12 @@ def _forward(x, w, eps, offset, casting_mode, out_dtype):
     if w is not None:
         scale = upcast(w) if casting_mode == "gemma" else w
         y = y * (scale + offset if offset else scale)
-    return y.to(out_dtype), upcast(rstd).flatten()
+    if work.dtype != upcast(rstd).dtype:  # a rounded rstd is fit for y, not for the backward
+        rstd = upcast(x).pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return y.to(out_dtype), rstd.flatten()
 
 
-def _backward(dy, x, w, rstd, offset, casting_mode, in_place, needs_dw):
+def _backward(dy, x, w, rstd, offset, casting_mode, in_place, needs_dw, ds=None):
     rstd = rstd.view(*x.shape[:-1], 1)
     m = dy_wide = upcast(dy)
     if w is not None:
@@ -64,6 +66,8 @@ def _backward(dy, x, w, rstd, offset, casting_mode, in_place, needs_dw):
         dw = (dy_wide * scaled).flatten(0, -2).sum(0).to(w.dtype)
     mean = (m * x_hat).mean(-1, keepdim=True) if x.numel() else m
     dx = (m - x_hat.mul_(mean)).mul_(rstd)
+    if ds is not None:
+        dx += ds
     return dx.to(x.dtype), dw
 
 
@@ -116,18 +120,20 @@ def liger_rms_norm(
     return LigerRMSNormFunction.apply(X, W, eps, offset, casting_mode, in_place)
 
 
-def check(x, w, casting_mode):
+def check(x, w, casting_mode, op="rms_norm"):
     """casting_mode as its name; ValueError for what cannot be honoured."""
     if casting_mode not in CASTING:
         names = {number: name for name, number in CASTING.items()}
         if casting_mode not in names:
             raise ValueError(f"casting_mode must be one of {sorted(CASTING)}, got {casting_mode!r}")
         casting_mode = names[casting_mode]
+    if not x.is_floating_point():
+        raise ValueError(f"{op}: x must be of a floating dtype, got {x.dtype}")
     if w is not None:
         if w.shape != x.shape[-1:]:
-            raise ValueError(f"rms_norm: weight of shape {tuple(w.shape)} does not fit rows of {x.shape[-1]}")
+            raise ValueError(f"{op}: weight of shape {tuple(w.shape)} does not fit rows of {x.shape[-1]}")
         if w.device != x.device:
-            raise ValueError(f"rms_norm: x is on {x.device} and the weight on {w.device}")
+            raise ValueError(f"{op}: x is on {x.device} and the weight on {w.device}")
     return casting_mode
 
 

@@ -1,4 +1,4 @@
-"""RMSNorm in Triton; the mathematics is in liger_kernel.ops.rms_norm."""
+"""RMSNorm in Triton, with or without a residual added first; the mathematics is in liger_kernel.ops.rms_norm."""
 
 from __future__ import annotations
 
@@ -7,19 +7,10 @@ import triton
 import triton.language as tl
 
 from liger_kernel.ops.core import Kernels
-from liger_kernel.ops.kernels.blocks import RowTiles, as_rows, int64, launch, rounded, sum_rows
+from liger_kernel.ops.kernels.blocks import RowTiles, as_rows, int64, launch, load_tile, rounded, sum_rows
 from liger_kernel.ops.rms_norm import CASTING
 
-
 # Kernels: Capital = memory, lower case = registers, ALL_CAPS = compile time.
-
-
-@triton.jit
-def _rstd(sum_sq, N, EPS: tl.constexpr, CAST: tl.constexpr, DTYPE: tl.constexpr):
-    if CAST == -1:  # every step of "none" is rounded to the input dtype, as torch does it
-        return rounded(tl.rsqrt(rounded(rounded(sum_sq / N, DTYPE) + EPS, DTYPE)), DTYPE)
-    else:
-        return tl.rsqrt(sum_sq / N + EPS)
 
 
 @triton.jit
@@ -31,8 +22,11 @@ def _square(x, CAST: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _scale(x, rstd, W, cols, mask, OFFSET: tl.constexpr, CAST: tl.constexpr, DTYPE: tl.constexpr):
-    y = x * rstd
+def _scale(x, mean_sq, W, cols, mask, EPS: tl.constexpr, OFFSET: tl.constexpr, CAST: tl.constexpr, DTYPE: tl.constexpr):
+    if CAST == -1:  # every step of "none" is rounded to the input dtype, as torch does it
+        y = x * rounded(tl.rsqrt(rounded(rounded(mean_sq, DTYPE) + EPS, DTYPE)), DTYPE)
+    else:
+        y = x * tl.rsqrt(mean_sq + EPS)
     if CAST <= 0:
         y = rounded(y, DTYPE)
     if W is not None:
@@ -44,9 +38,19 @@ def _scale(x, rstd, W, cols, mask, OFFSET: tl.constexpr, CAST: tl.constexpr, DTY
     return y
 
 
+@triton.jit
+def _load_sum(X, Residual, S, base, at, mask, DTYPE: tl.constexpr):
+    """x, or x + residual as it is after its store to S."""
+    x = tl.load(X + base + at, mask=mask, other=0.0).to(tl.float32)
+    if Residual is not None:
+        x = rounded(x + tl.load(Residual + base + at, mask=mask, other=0.0).to(tl.float32), DTYPE)
+        tl.store(S + base + at, x.to(DTYPE), mask=mask)
+    return x
+
+
 @triton.jit(do_not_specialize=["R"])
 def _forward_kernel(
-    X, W, Y, Rstd, R, N,
+    X, Residual, W, Y, S, Rstd, R, N,
     EPS: tl.constexpr, OFFSET: tl.constexpr, CAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     LOOP: tl.constexpr,
 ):  # fmt: skip
@@ -59,23 +63,28 @@ def _forward_kernel(
             sum_sq = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
             for start in range(0, N, BLOCK):
                 cols = start + tl.arange(0, BLOCK)[None, :]
-                x = tl.load(X + base + row * N + cols, mask=live & (cols < N), other=0.0).to(tl.float32)
+                x = _load_sum(X, Residual, S, base, row * N + cols, live & (cols < N), DTYPE)
                 sum_sq += _square(x, CAST, DTYPE)
-            rstd = _rstd(tl.sum(sum_sq, axis=1)[:, None], N, EPS, CAST, DTYPE)
+            mean_sq = tl.sum(sum_sq, axis=1)[:, None] / N
+            if Residual is not None:
+                tl.debug_barrier()  # the second walk reads the sums this program has just stored
             for start in range(0, N, BLOCK):
                 cols = start + tl.arange(0, BLOCK)[None, :]
                 mask = live & (cols < N)
-                x = tl.load(X + base + row * N + cols, mask=mask, other=0.0).to(tl.float32)
-                y = _scale(x, rstd, W, cols, cols < N, OFFSET, CAST, DTYPE)
+                if Residual is not None:
+                    x = tl.load(S + base + row * N + cols, mask=mask, other=0.0).to(tl.float32)
+                else:
+                    x = tl.load(X + base + row * N + cols, mask=mask, other=0.0).to(tl.float32)
+                y = _scale(x, mean_sq, W, cols, cols < N, EPS, OFFSET, CAST, DTYPE)
                 tl.store(Y + base + row * N + cols, y.to(Y.dtype.element_ty), mask=mask)
         else:
             cols = tl.arange(0, BLOCK)[None, :]
             mask = live & (cols < N)
-            x = tl.load(X + base + row * N + cols, mask=mask, other=0.0).to(tl.float32)
-            rstd = _rstd(tl.sum(_square(x, CAST, DTYPE), axis=1)[:, None], N, EPS, CAST, DTYPE)
-            y = _scale(x, rstd, W, cols, cols < N, OFFSET, CAST, DTYPE)
+            x = _load_sum(X, Residual, S, base, row * N + cols, mask, DTYPE)
+            mean_sq = tl.sum(_square(x, CAST, DTYPE), axis=1)[:, None] / N
+            y = _scale(x, mean_sq, W, cols, cols < N, EPS, OFFSET, CAST, DTYPE)
             tl.store(Y + base + row * N + cols, y.to(Y.dtype.element_ty), mask=mask)
-        tl.store(Rstd + tile * ROWS + row, rstd, mask=live)
+        tl.store(Rstd + tile * ROWS + row, tl.rsqrt(mean_sq + EPS), mask=live)
 
 
 @triton.jit
@@ -88,24 +97,32 @@ def _x_hat(x, rstd, CAST: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["R"])
 def _backward_kernel(
-    dY, X, W, Rstd, dX, dW, R, N,
+    dY, dS, X, W, Rstd, dX, dW, R, N,
     OFFSET: tl.constexpr, CAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = X.dtype.element_ty
     pid = tl.program_id(0)
+    step = tl.num_programs(0)
     row = tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, BLOCK)[None, :]
     if not LOOP:
         if W is not None:
-            w = OFFSET + tl.load(W + cols, mask=cols < N, other=0.0).to(tl.float32)
+            w = tl.load(W + cols, mask=cols < N, other=0.0)
         if dW is not None:
             dw = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+        if PREFETCH:
+            next_x = load_tile(X, pid, R, N, ROWS, BLOCK)
+            next_dy = load_tile(dY, pid, R, N, ROWS, BLOCK)
+            next_rstd = tl.load(Rstd + pid * ROWS + row, mask=pid * ROWS + row < R, other=0.0)
+            if dS is not None:
+                next_ds = load_tile(dS, pid, R, N, ROWS, BLOCK)
 
-    for tile in range(pid, tl.cdiv(R, ROWS), tl.num_programs(0)):
+    for tile in range(pid, tl.cdiv(R, ROWS), step):
         base = int64(tile) * ROWS * N
         live = tile * ROWS + row < R
-        rstd = tl.load(Rstd + tile * ROWS + row, mask=live, other=0.0)
         if LOOP:
+            rstd = tl.load(Rstd + tile * ROWS + row, mask=live, other=0.0)
             dot = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
             for start in range(0, N, BLOCK):
                 mask = live & (start + cols < N)
@@ -123,6 +140,8 @@ def _backward_kernel(
                 if W is not None:
                     m *= OFFSET + tl.load(W + start + cols, mask=start + cols < N, other=0.0).to(tl.float32)
                 dx = rstd * (m - x * (rstd * rstd * mean))
+                if dS is not None:
+                    dx += tl.load(dS + base + row * N + start + cols, mask=mask, other=0.0).to(tl.float32)
                 tl.store(dX + base + row * N + start + cols, dx.to(dX.dtype.element_ty), mask=mask)
                 if dW is not None:  # this program's own row of partial sums, in memory: no row of it fits a block
                     partial = dW + pid.to(tl.int64) * N + start + cols
@@ -131,15 +150,29 @@ def _backward_kernel(
                     tl.store(partial, dw, mask=start + cols < N)
             tl.debug_barrier()  # the next row reads these partial sums
         else:
-            mask = live & (cols < N)
-            x = tl.load(X + base + row * N + cols, mask=mask, other=0.0).to(tl.float32)
-            dy = tl.load(dY + base + row * N + cols, mask=mask, other=0.0).to(tl.float32)
+            if PREFETCH:
+                x, dy, rstd = next_x.to(tl.float32), next_dy.to(tl.float32), next_rstd
+                next_x = load_tile(X, tile + step, R, N, ROWS, BLOCK)
+                next_dy = load_tile(dY, tile + step, R, N, ROWS, BLOCK)
+                ahead = (tile + step) * ROWS + row
+                next_rstd = tl.load(Rstd + ahead, mask=ahead < R, other=0.0)
+                if dS is not None:
+                    ds = next_ds
+                    next_ds = load_tile(dS, tile + step, R, N, ROWS, BLOCK)
+            else:
+                x = load_tile(X, tile, R, N, ROWS, BLOCK).to(tl.float32)
+                dy = load_tile(dY, tile, R, N, ROWS, BLOCK).to(tl.float32)
+                rstd = tl.load(Rstd + tile * ROWS + row, mask=live, other=0.0)
+                if dS is not None:
+                    ds = load_tile(dS, tile, R, N, ROWS, BLOCK)
             m = dy
             if W is not None:
-                m *= w
+                m *= OFFSET + w.to(tl.float32)
             mean = tl.sum(m * x, axis=1)[:, None] / N
             dx = rstd * (m - x * (rstd * rstd * mean))
-            tl.store(dX + base + row * N + cols, dx.to(dX.dtype.element_ty), mask=mask)
+            if dS is not None:
+                dx += ds.to(tl.float32)
+            tl.store(dX + base + row * N + cols, dx.to(dX.dtype.element_ty), mask=live & (cols < N))
             if dW is not None:
                 dw += dy * _x_hat(x, rstd, CAST, DTYPE)
 
@@ -150,37 +183,38 @@ def _backward_kernel(
 # Launchers
 
 
-def rms_norm_forward(x, w, eps, offset, casting_mode, out_dtype):
-    """x: (..., N) contiguous -> y like x in out_dtype, rstd (R,) in fp32."""
+def rms_norm_forward(x, w, eps, offset, casting_mode, out_dtype, residual=None, tiles=None):
+    """x: (..., N) contiguous -> y like x in out_dtype, rstd (R,) in fp32; with a residual also s = x + residual."""
     rows, cols = as_rows(x)
     y = torch.empty_like(x, dtype=out_dtype)
+    s = None if residual is None else torch.empty_like(x)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     if x.numel():
-        tiles = RowTiles.choose(rows, cols, x.device, live=2)
+        tiles = tiles or RowTiles.choose(rows, cols, x.device, live=2)
         launch(
             _forward_kernel, tiles.programs, x.device,
-            x, w, y, rstd, rows, cols, EPS=eps, OFFSET=offset, CAST=CASTING[casting_mode],
+            x, residual, w, y, s, rstd, rows, cols, EPS=eps, OFFSET=offset, CAST=CASTING[casting_mode],
             ROWS=tiles.rows, BLOCK=tiles.block, LOOP=tiles.loop, num_warps=tiles.num_warps,
         )  # fmt: skip
-    return y, rstd
+    return (y, rstd) if residual is None else (y, s, rstd)
 
 
-def rms_norm_backward(dy, x, w, rstd, offset, casting_mode, in_place, needs_dw):
-    """dy, x: (..., N) contiguous -> dx like x, dw like w (or None). in_place may write dx over dy."""
+def rms_norm_backward(dy, x, w, rstd, offset, casting_mode, in_place, needs_dw, ds=None, tiles=None):
+    """dy, x, ds: (..., N) contiguous -> dx (+ ds) like x, dw like w (or None). in_place may write dx over dy."""
     rows, cols = as_rows(x)
     dx = dy if in_place and dy.dtype == x.dtype else torch.empty_like(x)
     needs_dw = needs_dw and w is not None
     if not x.numel():
         return dx, torch.zeros_like(w) if needs_dw else None
-    tiles = RowTiles.choose(rows, cols, x.device, live=4, waves=2)
+    tiles = tiles or RowTiles.choose(rows, cols, x.device, live=4, waves=2)
     partial = None
     if needs_dw:
         make = torch.zeros if tiles.loop else torch.empty
         partial = make(tiles.programs, cols, dtype=torch.float32, device=x.device)
     launch(
         _backward_kernel, tiles.programs, x.device,
-        dy, x, w, rstd, dx, partial, rows, cols, OFFSET=offset, CAST=CASTING[casting_mode],
-        ROWS=tiles.rows, BLOCK=tiles.block, LOOP=tiles.loop, num_warps=tiles.num_warps,
+        dy, ds, x, w, rstd, dx, partial, rows, cols, OFFSET=offset, CAST=CASTING[casting_mode],
+        ROWS=tiles.rows, BLOCK=tiles.block, LOOP=tiles.loop, PREFETCH=tiles.prefetch, num_warps=tiles.num_warps,
     )  # fmt: skip
     return dx, sum_rows(partial, w.dtype) if needs_dw else None
 
