@@ -4,6 +4,7 @@ from liger_kernel._lazy import lazy_names
 
 # room -> the names it offers
 EXPORTS: dict[str, tuple[str, ...]] = {
+    "cross_entropy": ("LigerCrossEntropyFunction", "cross_entropy_backward", "cross_entropy_forward"),
     "fused_add_rms_norm": (
         "LigerFusedAddRMSNormFunction",
         "fused_add_rms_norm_backward",

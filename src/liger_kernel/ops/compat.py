@@ -5,6 +5,8 @@ The values upstream returns for its launch (BLOCK_SIZE, num_warps) are None here
 
 from __future__ import annotations
 
+import torch
+
 from liger_kernel.ops.core import kernels
 
 # rms_norm
@@ -158,3 +160,33 @@ def layer_norm_backward(dY, X, W, B, Mean, RSTD, needs_dw=None, needs_db=None):
     wanted = W is not None if needs_dw is None else needs_dw
     wanted_b = B is not None if needs_db is None else needs_db
     return kernels("layer_norm", X).backward(dY.contiguous(), X, W, B, Mean, RSTD, wanted, wanted_b)
+
+
+# cross_entropy
+
+
+def cross_entropy_forward(
+    _input, target, weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap, return_z_loss,
+    return_token_accuracy=False, return_predicted_tokens=False,
+):  # fmt: skip
+    """-> (loss, z_loss, token_accuracy, predicted_tokens, the gradient or, where none is asked, _input).
+
+    Unlike upstream's, the gradient does not overwrite _input; reduction="none" gives that of the sum.
+    """
+    from liger_kernel.ops import cross_entropy as room
+
+    loss = room.RowLoss(ignore_index, label_smoothing, lse_square_scale, softcap)
+    room.check(_input, target, weight, reduction, loss)
+    x = room.rows_of(_input)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if _input.requires_grad else None
+    asked = return_z_loss, return_token_accuracy, return_predicted_tokens
+    with torch.no_grad():
+        stats = room.compute(x, room.prepare(target, loss, x, weight, reduction), loss, room.wanted(*asked), dx)
+    return *room.finish(stats, target, ignore_index, reduction, x.dtype, *asked), _input if dx is None else dx
+
+
+def cross_entropy_backward(_input, grad_output):
+    """The gradient of cross_entropy_forward times grad_output (0-d, or one per row), in place."""
+    if grad_output.dim():
+        return _input.mul_(grad_output[:, None])
+    return kernels("cross_entropy", _input).backward(_input, grad_output)

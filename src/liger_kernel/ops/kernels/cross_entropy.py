@@ -1,0 +1,256 @@
+"""Cross entropy of rows of logits in Triton; the mathematics is in liger_kernel.ops.cross_entropy.
+
+A program reads its row from memory once, and a second time from the cache where the gradient is wanted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from liger_kernel.backends import device_of
+from liger_kernel.ops.core import Kernels
+from liger_kernel.ops.kernels.blocks import int64, launch, programs_for
+
+# Kernels: Capital = memory, lower case = registers, ALL_CAPS = compile time.
+
+
+@triton.jit
+def _tanh(x):
+    u = tl.abs(x)
+    e = tl.exp(-2.0 * u)
+    square = x * x
+    near = x * (1.0 - square * (0.33333333 - square * (0.13333333 - square * (0.053968254 - square * 0.021869488))))
+    far = tl.where(x < 0.0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
+    return tl.where(u < 0.2, near, far)  # 1 - e cancels near zero
+
+
+@triton.jit
+def _logit(x, SOFTCAP: tl.constexpr, SCALE: tl.constexpr, TEMPERATURE: tl.constexpr):
+    z = x.to(tl.float32)
+    if SOFTCAP is not None:
+        z = (SOFTCAP / TEMPERATURE) * _tanh(z * (SCALE / SOFTCAP))
+    elif SCALE != TEMPERATURE:
+        z = z * (SCALE / TEMPERATURE)
+    return z
+
+
+@triton.jit
+def _log1p(x):
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit(do_not_specialize=["R"])
+def liger_cross_entropy_kernel(
+    X, dX, Target, W, Wsum, Norm, Factor, dLse, dEntropy, Loss, Zloss, Lse, Entropy, Predicted,
+    R, V, x_stride, d_stride,
+    IGNORE: tl.constexpr, SMOOTHING: tl.constexpr, Z_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SCALE: tl.constexpr,
+    TEMPERATURE: tl.constexpr, TOKEN_SCALING: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """A row per turn; LANES x VEC columns at once, the VEC neighbours of a lane in one thread."""
+    LOW: tl.constexpr = -1e38  # finite, so that nothing becomes inf - inf before the first column
+    ENTROPIC: tl.constexpr = (Entropy is not None) or (dEntropy is not None)
+    lane = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    for row in range(tl.program_id(0), R, tl.num_programs(0)):
+        base = int64(row) * x_stride
+        label = tl.load(Target + row)
+        live = label != IGNORE
+        inside = (label >= 0) & (label < V)
+        y = tl.where(inside, label, -1).to(tl.int32)
+        at_y = tl.where(inside, label, 0).to(tl.int32)
+        z_y = _logit(tl.load(X + base + at_y), SOFTCAP, SCALE, TEMPERATURE)
+
+        top = tl.full((LANES,), LOW, tl.float32)  # per lane: maximum, sum and moment over the classes but the label's
+        total = tl.zeros((LANES,), dtype=tl.float32)
+        moment = tl.zeros((LANES,), dtype=tl.float32)
+        lower = tl.zeros((LANES,), dtype=tl.float32)
+        best = tl.full((LANES,), 0, tl.int32)
+        n_read = tl.where(live, V, 0)
+        for start in range(0, n_read, LANES * VEC):
+            cols = start + lane
+            mask = cols < V
+            x = tl.load(X + base + cols, mask=mask, other=0.0, eviction_policy="evict_last")
+            z = _logit(x, SOFTCAP, SCALE, TEMPERATURE)
+            if SMOOTHING != 0.0:
+                below = tl.where(mask, z - z_y, 0.0)
+                if W is not None:
+                    below *= tl.load(W + cols, mask=mask, other=0.0)
+                lower += tl.sum(below, axis=1)
+            z = tl.where(mask & (cols != y), z, float("-inf"))
+            here = tl.max(z, axis=1)
+            if Predicted is not None:
+                first = tl.min(tl.where(z == here[:, None], cols, V), axis=1)
+                best = tl.where(here > top, first, best)
+            new = tl.maximum(top, here)
+            e = tl.exp(z - new[:, None])
+            shrink = tl.exp(top - new)
+            if ENTROPIC:
+                e_z = tl.where(e > 0.0, e * (z - new[:, None]), 0.0)  # 0 * -inf of a masked class
+                moment = shrink * (moment + total * (top - new)) + tl.sum(e_z, axis=1)
+            total = total * shrink + tl.sum(e, axis=1)
+            top = new
+
+        most = tl.maximum(tl.max(top, axis=0), z_y)
+        shrink = tl.exp(top - most)
+        others = tl.sum(total * shrink, axis=0)
+        e_y = tl.exp(z_y - most)
+        whole = others + e_y
+        log_whole = tl.log(whole)
+        nll = tl.where(z_y == most, _log1p(others), log_whole + (most - z_y))
+        lse = most + log_whole
+
+        keep = 1.0 - SMOOTHING
+        spread = V * 1.0
+        if W is not None:
+            keep *= tl.load(W + at_y)
+            spread = tl.load(Wsum)
+        ce = keep * nll
+        if SMOOTHING != 0.0:
+            ce += SMOOTHING / V * (spread * nll - tl.sum(lower, axis=0))
+        f_ce = tl.where(live, 1.0, 0.0)
+        if Factor is not None:
+            f_ce *= tl.load(Factor + row)
+        if TOKEN_SCALING:
+            f_ce *= tl.exp(-nll)
+        f_z = f_ce
+        if Norm is not None:
+            f_ce *= tl.load(Norm)
+            f_z *= tl.load(Norm + 1)
+        z_loss = f_z * Z_SCALE * lse * lse
+        loss = f_ce * ce
+        if Z_SCALE != 0.0:
+            loss += z_loss
+        loss = tl.where(inside, loss, float("nan"))
+        tl.store(Loss + row, tl.where(live, loss, 0.0))
+        if Zloss is not None:
+            tl.store(Zloss + row, tl.where(live, z_loss, 0.0))
+        if Lse is not None:
+            tl.store(Lse + row, tl.where(live, lse, 0.0))
+        if ENTROPIC:
+            away = tl.sum(shrink * (moment + total * (top - most)), axis=0) + e_y * (z_y - most)
+            entropy = log_whole - away / whole
+            if Entropy is not None:
+                tl.store(Entropy + row, tl.where(live, entropy, 0.0))
+        if Predicted is not None:
+            largest = tl.max(top, axis=0)
+            winner = tl.min(tl.where(top == largest, best, V), axis=0)
+            winner = tl.where(z_y > largest, y, tl.where(z_y == largest, tl.minimum(winner, y), winner))
+            tl.store(Predicted + row, tl.where(live, winner, -1).to(tl.int64))
+
+        if dX is not None:
+            d_lse = 0.0
+            if Z_SCALE != 0.0:
+                d_lse += f_z * (2.0 * Z_SCALE) * lse
+            if SMOOTHING != 0.0:
+                d_lse += f_ce * (SMOOTHING / V) * spread
+            if dLse is not None:
+                d_lse += tl.load(dLse + row)
+            d_p = d_lse + f_ce * keep
+            d_y = (d_lse * e_y - f_ce * keep * others) / whole
+            if dEntropy is not None:
+                d_entropy = tl.load(dEntropy + row)
+                d_p -= d_entropy * (entropy - log_whole)
+                d_y -= d_entropy * (entropy - nll) * (e_y / whole)
+            if SMOOTHING != 0.0:
+                share = f_ce * (SMOOTHING / V)
+                if W is not None:
+                    d_y -= share * tl.load(W + at_y)
+                else:
+                    d_y -= share
+            d_p = tl.where(inside, d_p, float("nan")) / whole
+            d_base = int64(row) * d_stride
+            for start in range(0, V, LANES * VEC):
+                cols = start + lane
+                mask = cols < V
+                x = tl.load(X + base + cols, mask=cols < n_read, other=0.0, eviction_policy="evict_first")
+                z = _logit(x, SOFTCAP, SCALE, TEMPERATURE)
+                e = tl.exp(z - most)
+                if dEntropy is not None:
+                    dz = e * d_p - tl.where(e > 0.0, e * (z - most), 0.0) * (d_entropy / whole)
+                else:
+                    dz = e * d_p
+                if SMOOTHING != 0.0:
+                    if W is not None:
+                        dz -= share * tl.load(W + cols, mask=mask, other=0.0)
+                    else:
+                        dz -= share
+                dz = tl.where(cols == y, d_y, dz)
+                if SOFTCAP is not None:
+                    t = z * (TEMPERATURE / SOFTCAP)
+                    dz *= 1.0 - t * t
+                if SCALE != TEMPERATURE:
+                    dz *= SCALE / TEMPERATURE
+                dz = tl.where(live, dz, 0.0)
+                tl.store(dX + d_base + cols, dz.to(dX.dtype.element_ty), mask=mask, cache_modifier=".cs")
+
+
+@triton.jit(do_not_specialize=["n_tiles"])
+def _scale_kernel(X, Factor, n_tiles, N, BLOCK: tl.constexpr):
+    factor = tl.load(Factor).to(tl.float32)
+    if factor != 1.0:
+        for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
+            at = int64(tile) * BLOCK + tl.arange(0, BLOCK)
+            x = tl.load(X + at, mask=at < N).to(tl.float32)
+            tl.store(X + at, (x * factor).to(X.dtype.element_ty), mask=at < N)
+
+
+# Launchers
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a row is walked: lanes x vec columns at once."""
+
+    lanes: int
+    vec: int
+    num_warps: int
+    programs: int | None = None  # per core; None: a program per row
+
+    @classmethod
+    def choose(cls, n_classes: int, dtype: torch.dtype, device: torch.device) -> Config:
+        backend = device_of(device)
+        vec = 16 // dtype.itemsize  # one 16-byte load per lane
+        if n_classes < vec * backend.warp_width:
+            return cls(triton.cdiv(triton.next_power_of_2(n_classes), vec), vec, 1)
+        threads = min(triton.next_power_of_2(triton.cdiv(n_classes, vec * 4)), 512)
+        num_warps = max(1, min(threads // backend.warp_width, backend.max_warps))
+        lanes = min(4 * num_warps * backend.warp_width, triton.next_power_of_2(triton.cdiv(n_classes, vec)))
+        return cls(lanes, vec, num_warps)
+
+
+def cross_entropy_forward(x, given, loss, out, dx, config: Config | None = None):
+    """x: (R, V) with contiguous rows, the Given and RowLoss of its rows -> fills out (Stats) and dx, if not None."""
+    n_rows, n_classes = x.shape
+    config = config or Config.choose(n_classes, x.dtype, x.device)
+    programs = programs_for(n_rows, x.device)
+    if config.programs is not None:
+        programs = min(programs, config.programs * device_of(x.device).cores(x.device))
+    launch(
+        liger_cross_entropy_kernel, programs, x.device,
+        x, dx, given.target, given.weight, given.weight_sum if given.weight is not None else None, given.norm,
+        given.factor, given.d_lse, given.d_entropy, out.loss, out.z_loss, out.lse, out.entropy, out.predicted,
+        n_rows, n_classes, x.stride(0), dx.stride(0) if dx is not None else 0,
+        IGNORE=loss.ignore_index, SMOOTHING=float(loss.label_smoothing), Z_SCALE=float(loss.lse_square_scale),
+        SOFTCAP=None if loss.softcap is None else float(loss.softcap), SCALE=float(loss.scale),
+        TEMPERATURE=float(loss.temperature), TOKEN_SCALING=bool(loss.token_scaling), LANES=config.lanes,
+        VEC=config.vec, num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def cross_entropy_backward(dx, factor):
+    """dx times the 0-d factor, in place: the kernel returns at once where that is 1."""
+    if dx.numel():
+        block = 4096
+        n_tiles = triton.cdiv(dx.numel(), block)
+        programs = min(programs_for(n_tiles, dx.device), 8 * device_of(dx.device).cores(dx.device))
+        launch(
+            _scale_kernel, programs, dx.device, dx, factor, n_tiles, dx.numel(), BLOCK=block, num_warps=8,
+        )  # fmt: skip
+    return dx
+
+
+KERNELS = Kernels(cross_entropy_forward, cross_entropy_backward)
