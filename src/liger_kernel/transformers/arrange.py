@@ -52,8 +52,8 @@ def arrange(model_type: str, **flags) -> None:
     arrangement = _Arrangement(flags)
     for cls in classes_of(model_type):
         arrangement.originals += [(cls, name, cls.__dict__.get(name)) for name in ("__init__", "forward")]
-        cls.__init__ = _patching_init(cls.__init__, arrangement)
-        cls.forward = _patching_forward(cls.forward, arrangement)
+        for name, wrap in (("__init__", _patching_init), ("forward", _patching_forward)):
+            setattr(cls, name, wrap(getattr(cls, name), arrangement))
     _arranged[model_type] = arrangement
 
 

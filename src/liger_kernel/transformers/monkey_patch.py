@@ -66,7 +66,7 @@ def _apply_liger_kernel_to_instance(model: nn.Module, **kwargs: Any) -> None:
     A causal LM of transformers without a row of its own is patched by the engine with the same flags.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    function = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type) or _generic(model_type)
+    function = MODEL_TYPE_TO_APPLY_LIGER_FN.get(str(model_type)) or _generic(model_type)
     if function is None:
         logger.info("no kernels are known for model type %r: nothing is applied", model_type)
         return

@@ -56,7 +56,7 @@ class Report:
         for row in self.rows:
             pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.module)
             folded.setdefault((pattern, row.kind, row.kernel, row.reason), []).append(row)
-        cells = []
+        cells: list[tuple[str, ...]] = []
         for (pattern, kind, kernel, reason), rows in folded.items():
             errors = [r.error for r in rows if r.error is not None]
             worst = f"{max(errors):.0e}" if errors and reason is None else ""

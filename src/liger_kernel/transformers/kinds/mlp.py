@@ -45,9 +45,9 @@ def _linears(module: nn.Module) -> dict[str, tuple[int, int]]:
     """Child linears of any make, as name -> (in, out)."""
     found = {}
     for name, child in module._modules.items():
-        sizes = getattr(child, "in_features", None), getattr(child, "out_features", None)
-        if all(isinstance(s, int) for s in sizes):
-            found[name] = sizes
+        inner, outer = getattr(child, "in_features", None), getattr(child, "out_features", None)
+        if isinstance(inner, int) and isinstance(outer, int):
+            found[name] = inner, outer
     return found
 
 
@@ -75,8 +75,9 @@ def candidate(module: nn.Module) -> bool:
 def _sizes(hidden: int, inner: int) -> dict[int, int]:
     """Small stand-ins that keep which sizes are equal: attributes that hold a size are changed with the linears."""
     small = 16
-    small_inner = {1: small, 2: 2 * small}.get(inner / hidden, small // 2 if hidden == 2 * inner else 24)
-    return {hidden: small, inner: small_inner, 2 * inner: 2 * small_inner}
+    same = {hidden: small, 2 * hidden: 2 * small, hidden // 2: small // 2}
+    small_inner = same.get(inner, 24)
+    return {2 * inner: 2 * small_inner, inner: small_inner, hidden: small}
 
 
 def _twin(module, linears, small, dtype, training):
@@ -94,13 +95,13 @@ def _twin(module, linears, small, dtype, training):
 
 
 def _formula(form: MLP, made: nn.Module, x):
-    children = made._modules
-    if form.gate == form.up:
-        first, second = children[form.gate](x).chunk(2, -1)
-        gate, up = (first, second) if form.gate_first else (second, first)
+    gate, up, down = (made.get_submodule(name) for name in (form.gate, form.up, form.down))
+    if gate is up:
+        first, second = gate(x).chunk(2, -1)
+        pair = (first, second) if form.gate_first else (second, first)
     else:
-        gate, up = children[form.gate](x), children[form.up](x)
-    return children[form.down](ACTIVATIONS[form.activation][1](gate) * up)
+        pair = gate(x), up(x)
+    return down(ACTIVATIONS[form.activation][1](pair[0]) * pair[1])
 
 
 def _forms(linears) -> Iterator[MLP]:

@@ -67,8 +67,8 @@ def _formula(form: Norm, x, values, eps, out_dtype=None):
     w, b = values.get(form.weight), values.get(form.bias)
     if form.base == "rms":
         return rms_norm(x, w, eps, form.offset, form.casting, out_dtype)
-    wide = [t if t is None else t.float() for t in (w, b)]
-    return F.layer_norm(x.float(), x.shape[-1:], *wide, eps).to(out_dtype or x.dtype)
+    w, b = (t if t is None else t.float() for t in (w, b))
+    return F.layer_norm(x.float(), x.shape[-1:], w, b, eps).to(out_dtype or x.dtype)
 
 
 def _width(module: nn.Module) -> int:
@@ -118,7 +118,7 @@ def verify(module: nn.Module) -> Match | Refusal | None:
     fits = []
     closest = float("inf")
     for form in _forms(names, eps):
-        value = attributes.get(form.eps, form.eps)
+        value = attributes[form.eps] if isinstance(form.eps, str) else form.eps
         found = max(probe.error(original(x, training=t), _formula(form, x, values, value)) for t in (True, False))
         closest = min(closest, found)
         if found <= MAX_ERROR:
