@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,6 +54,7 @@ def fuse_head(model: nn.Module) -> HeadPatch:
     fusion = model.__dict__.get(_PATCH)
     if fusion is None:
         fusion = Fusion(model)
+    if not fusion.enabled:
         fusion.bind()
     return HeadPatch(fusion.name, fusion.pattern, fusion.undo)
 
@@ -62,14 +64,14 @@ def use_cross_entropy(model: nn.Module) -> HeadPatch:
 
     Raises HeadLeftAlone where the model's loss is not transformers' causal LM loss.
     """
-    current = getattr(model, "loss_function", None)
-    before = _saved(model, ["_loss_function"])
-    if isinstance(current, CrossEntropyLoss):
-        return HeadPatch("loss_function", "liger_cross_entropy", functools.partial(_restore, model, before))
-    if not _is_causal_loss(current):
-        raise HeadLeftAlone(f"its loss is {getattr(current, '__name__', current)}, not transformers' ForCausalLMLoss")
-    model.loss_function = CrossEntropyLoss(current)
-    return HeadPatch("loss_function", "liger_cross_entropy", functools.partial(_restore, model, before))
+    current: Any = getattr(model, "loss_function", None)
+    if not isinstance(current, CrossEntropyLoss):
+        if not _is_causal_loss(current):
+            name = getattr(current, "__name__", current)
+            raise HeadLeftAlone(f"its loss is {name}, not transformers' ForCausalLMLoss")
+        current = CrossEntropyLoss(current, _saved(model, ["_loss_function"]))
+        _set_loss(model, current)
+    return HeadPatch("loss_function", "liger_cross_entropy", functools.partial(_restore, model, current.before))
 
 
 # The window: one forward
@@ -109,10 +111,10 @@ class Gate:
 # The three bound pieces
 
 
-def _forward_for(inner: Callable) -> Callable:
-    """The patched forward, with the signature of the one it runs.
+def _forward_for(inner: Callable, signature: inspect.Signature) -> Any:
+    """The patched forward, named and documented like the one it runs, with this signature (self included).
 
-    functools.wraps without __wrapped__: accelerate unwraps a forward as far as it can, which would take this off.
+    Without functools.wraps' __wrapped__: accelerate unwraps a forward as far as it can, which would take this off.
     """
 
     @functools.wraps(inner, updated=())
@@ -126,14 +128,13 @@ def _forward_for(inner: Callable) -> Callable:
         finally:
             patch.undo()
 
-    forward.__signature__ = inspect.signature(inner)
     del forward.__wrapped__
-    forward.__dict__[_PATCH] = True
+    forward.__dict__.update({"__signature__": signature, _PATCH: True})
     return forward
 
 
 def _head_forward(self, hidden, *args, reduce=None, **kwargs):
-    gate = self.__dict__[_GATE]
+    gate = getattr(self, _GATE)
     if reduce is not None:
         return reduce(hidden, *_weight_and_bias(self))
     window = gate.window
@@ -152,16 +153,18 @@ class FusedLoss:
         self.gate = gate
         self.own = own
 
-    def __call__(self, logits=None, labels=None, vocab_size=None, *args, **kwargs):
-        window = self.gate.window
-        causal = not args and _is_causal_loss(self.own)
-        if window is not None and causal:
-            kwargs = {**window.keywords, **kwargs}
-        if not causal or not isinstance(logits, LazyLogits) or not logits.is_fusable() or logits.size(-1) != vocab_size:
-            return self.own(logits, labels, vocab_size, *args, **kwargs)
-        return self._fused(window, logits, labels, kwargs)
+    def __call__(self, *args, **kwargs):
+        if not _is_causal_loss(self.own):
+            return self.own(*args, **kwargs)  # its cross entropy of lazy logits is fused all the same
+        if self.gate.window is not None:
+            kwargs = {**self.gate.window.keywords, **kwargs}
+        return self._causal(*args, **kwargs)
 
-    def _fused(self, window, logits, labels, kwargs):
+    def _causal(self, logits, labels, vocab_size, *args, **kwargs):
+        lazy = isinstance(logits, LazyLogits) and logits.is_fusable() and logits.size(-1) == vocab_size
+        if args or not lazy:
+            return self.own(logits, labels, vocab_size, *args, **kwargs)
+        window = logits.window
         kwargs = {**kwargs, **window.options, **scale_options(logits, "final_logit_softcapping")}
 
         def loss(hidden, weight, bias):
@@ -180,8 +183,9 @@ class FusedLoss:
 class CrossEntropyLoss:
     """model.loss_function for an explicit cross_entropy=True: our cross entropy on ordinary logits."""
 
-    def __init__(self, own: Callable):
+    def __init__(self, own: Callable, before: dict):
         self.own = own
+        self.before = before
 
     def __call__(
         self, logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs
@@ -207,62 +211,76 @@ class Fusion:
     def __init__(self, model: nn.Module):
         self.model = model
         self.slot = _forward_slot(model)
-        self.inner = model.__dict__.get(self.slot)
-        if self.inner is None:
-            self.inner = MethodType(_class_forward(type(model)), model)
-        signature = inspect.signature(self.inner).parameters
-        if "labels" not in signature:
+        inner = model.__dict__.get(self.slot)
+        if inner is None or _is_ours(inner):
+            inner = MethodType(_class_forward(type(model)), model)
+        self.inner: Callable = inner
+        self.signature = inspect.signature(inner)
+        parameters = self.signature.parameters
+        if "labels" not in parameters:
             raise HeadLeftAlone("its forward takes no labels, so it computes no loss")
-        self.labels_at = list(signature).index("labels")
-        self.passes_on = any(p.kind is p.VAR_KEYWORD for p in signature.values())
-        self.accepts = frozenset(signature)
+        self.labels_at = list(parameters).index("labels")
+        self.passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self.accepts = frozenset(parameters)
         self.gate = Gate()
-        self.enabled = True
-        self.head, self.name, self.pattern = find_head(model)
+        self.enabled = False
+        self.head: nn.Module | None = None
+        self.head_before: dict = {}
+        head, pattern = find_head(model)
+        self.name, self.pattern = _name_of(head, model), pattern
 
     def bind(self) -> None:
-        """Bind forward, head and loss of the model."""
+        """Bind forward, head and loss of the model; the forward only, if an undo left it under someone's wrapper."""
         model = self.model
-        self.model_before = _saved(model, [self.slot, "_loss_function", _PATCH])
-        own = getattr(model, "loss_function", None)
-        own = own.own if isinstance(own, FusedLoss) else own  # one that came with a pickled model
-        model.__dict__[_PATCH] = self
-        model.__dict__[self.slot] = MethodType(_forward_for(self.inner), model)
-        if own is not None:
-            model.loss_function = FusedLoss(self.gate, own)
-        self._bind_head()
+        self.head = None
+        if _PATCH not in model.__dict__:
+            self.model_before = _saved(model, [self.slot, _PATCH])
+            me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+            signature = self.signature.replace(parameters=[me, *self.signature.parameters.values()])
+            model.__dict__[_PATCH] = self
+            model.__dict__[self.slot] = MethodType(_forward_for(self.inner, signature), model)
+        self.loss_before = _saved(model, ["_loss_function"])
+        own: Any = getattr(model, "loss_function", None)
+        if own is not None:  # one of ours came with a pickled model
+            _set_loss(model, FusedLoss(self.gate, own.own if isinstance(own, FusedLoss) else own))
+        self._bind_head(*find_head(model))
+        self.enabled = True
 
-    def _bind_head(self) -> None:
-        head, slot = self.head, _forward_slot(self.head)
+    def _bind_head(self, head: nn.Module, pattern: str) -> None:
+        if self.head is not None:
+            _restore(self.head, self.head_before)
+        slot = _forward_slot(head)
+        self.head, self.name, self.pattern = head, _name_of(head, self.model), pattern
         self.head_before = _saved(head, [slot, _GATE])
+        if _is_ours(head.__dict__.get(slot)):  # PEFT has copied a fused head
+            self.head_before = dict.fromkeys(self.head_before, _MISSING)
         head.__dict__[_GATE] = self.gate
         head.__dict__[slot] = MethodType(_head_forward, head)
 
     def undo(self) -> None:
         """Take everything off. A forward that someone has wrapped since goes on to run the model's own one."""
+        if not self.enabled:
+            return
         self.enabled = False
-        forward = self.model.__dict__.get(self.slot)
-        if not getattr(getattr(forward, "__func__", None), _PATCH, False):
-            self.model_before.pop(self.slot)
-        if not isinstance(self.model.__dict__.get("_loss_function"), FusedLoss):
-            self.model_before.pop("_loss_function")
-        _restore(self.model, self.model_before)
-        _restore(self.head, self.head_before)
+        if _is_ours(self.model.__dict__.get(self.slot)):
+            _restore(self.model, self.model_before)
+        if isinstance(self.model.__dict__.get("_loss_function"), FusedLoss):
+            _restore(self.model, self.loss_before)
+        if self.head is not None:
+            _restore(self.head, self.head_before)
 
     def _follow_head(self) -> bool:
         """Whether the model's head is fused; one replaced since (PEFT, resized embeddings) is bound first."""
         try:
-            head, name, pattern = find_head(self.model)
+            head, pattern = find_head(self.model)
         except HeadLeftAlone as reason:
             if self.head is not None:
                 warnings.warn(f"the LM head is not fused any more: {reason}", stacklevel=5)
+                _restore(self.head, self.head_before)
                 self.head = None
             return False
         if head is not self.head:
-            if self.head is not None:
-                _restore(self.head, self.head_before)
-            self.head, self.name, self.pattern = head, name, pattern
-            self._bind_head()
+            self._bind_head(head, pattern)
         return True
 
     def run(self, args: tuple, kwargs: dict):
@@ -309,23 +327,28 @@ class Fusion:
         return new
 
 
-def lce_forward(
+def _lce_forward(
     self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, labels=None,
     use_cache=None, output_attentions=None, output_hidden_states=None, return_dict=None, cache_position=None,
     logits_to_keep=0, skip_logits=None, **kwargs,
 ):  # fmt: skip
-    """Signature of the forwards in liger_kernel.transformers.model."""
+    """The forward of self's own class, its LM head fused with the loss for this call.
+
+    Serves `liger_kernel.transformers.model.<name>.lce_forward` for every name. Raises HeadLeftAlone where the head
+    cannot be fused.
+    """
 
 
-lce_forward = _forward_for(lce_forward)
+lce_forward = _forward_for(_lce_forward, inspect.signature(_lce_forward))
+lce_forward.__name__ = lce_forward.__qualname__ = "lce_forward"
 
 
 # Finding the head
 
 
-def find_head(model: nn.Module) -> tuple[nn.Module, str, str]:
-    """(the module whose call is fused, its name in the model, how it was recognised); HeadLeftAlone otherwise."""
-    get = getattr(model, "get_output_embeddings", None)
+def find_head(model: nn.Module) -> tuple[nn.Module, str]:
+    """(the module whose call is fused, how it was recognised); HeadLeftAlone otherwise."""
+    get: Any = getattr(model, "get_output_embeddings", None)
     try:
         head = get() if get is not None else None
     except (AttributeError, NotImplementedError):
@@ -338,32 +361,32 @@ def find_head(model: nn.Module) -> tuple[nn.Module, str, str]:
         unwrapped = head.disable_adapters or not active or active[0] not in head.modules_to_save
         head, pattern = (head.original_module if unwrapped else head.modules_to_save[active[0]]), "modules_to_save"
     if _is_lora(head):
-        pattern = "lora"
-        reason = _why_not_lora(head)
+        pattern, reason = "lora", _why_not_lora(head)
     else:
         reason = _why_not_linear(head)
-    slot = _forward_slot(head)
-    bound = head.__dict__.get(slot)
-    known = _head_forward, type(head).forward  # the latter in a pickled head, and under accelerate's hook
-    if reason is None and bound is not None and getattr(bound, "__func__", None) not in known:
-        reason = "someone else has replaced the head's forward"
+    bound = head.__dict__.get(_forward_slot(head))
+    # the class's own forward is bound in a pickled head and under accelerate's hook
+    own = bound is None or _is_ours(bound) or getattr(bound, "__func__", None) is type(head).forward
+    reason = reason or _why_not_hooks(head) or (None if own else "someone else has replaced the head's forward")
     if reason is not None:
         raise HeadLeftAlone(reason)
-    if _base(head).bias is not None:
-        pattern += " with bias"
-    name = next((name for name, module in model.named_modules(remove_duplicate=False) if module is head), "head")
-    return head, name, pattern
+    return head, pattern if _base(head).bias is None else f"{pattern} with bias"
 
 
 def _why_not_linear(head) -> str | None:
     kind = type(head)
-    sharded = kind.__name__ == f"FSDP{nn.Linear.__name__}" and kind.__mro__[2] is nn.Linear  # FSDP2's class of a Linear
+    sharded = kind.__name__ == f"FSDP{nn.Linear.__name__}" and nn.Linear in kind.__bases__  # FSDP2's class of a Linear
     if kind is not nn.Linear and not sharded:
         return f"its head is a {kind.__module__}.{kind.__name__}, not a torch.nn.Linear"
-    if isinstance(head.weight, torch.Tensor) and not head.weight.is_floating_point():
+    if not head.weight.is_floating_point():
         return f"its head holds {head.weight.dtype} weights"
-    hooks = [hook for hook in head._forward_hooks.values() if not _is_plumbing(hook)]
-    return "someone has put a forward hook on the head, which sees its logits" if hooks else None
+    return None
+
+
+def _why_not_hooks(head) -> str | None:
+    """A fused head is called twice, for lazy logits and for their loss: a hook that looks at values sees too much."""
+    hooks = (*head._forward_pre_hooks.values(), *head._forward_hooks.values())
+    return None if all(map(_is_plumbing, hooks)) else "someone has put a hook on the head's forward"
 
 
 def _is_plumbing(hook) -> bool:
@@ -389,7 +412,7 @@ def _why_not_lora(head) -> str | None:
     return _why_not_linear(head.base_layer)
 
 
-def _base(head) -> nn.Module:
+def _base(head) -> Any:
     return head.base_layer if _is_lora(head) else head
 
 
@@ -452,7 +475,7 @@ def _class_forward(kind: type) -> Callable:
     raise HeadLeftAlone(f"{kind.__name__}.forward has been replaced; bind the fused forward to an instance instead")
 
 
-def _is_causal_loss(function) -> bool:
+def _is_causal_loss(function: Any) -> bool:
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     return function is ForCausalLMLoss
@@ -467,6 +490,19 @@ def _with_real_logits(output):
     if isinstance(getattr(output, "logits", None), LazyLogits):
         output.logits = output.logits.materialize(quiet=True)
     return output
+
+
+def _is_ours(bound) -> bool:
+    function = getattr(bound, "__func__", None)
+    return function is _head_forward or getattr(function, _PATCH, False)
+
+
+def _name_of(head: nn.Module, model: nn.Module) -> str:
+    return next((name for name, module in model.named_modules(remove_duplicate=False) if module is head), "head")
+
+
+def _set_loss(model: Any, loss: Callable) -> None:
+    model.loss_function = loss
 
 
 class _MISSING:

@@ -39,7 +39,7 @@ class LazyLogits:
         self.device = device or hidden.device
         self._value: torch.Tensor | None = None
         self._settled = False
-        self._made_at = None if torch.compiler.is_compiling() else _version(head)
+        self._made_at = {} if torch.compiler.is_compiling() else _versions(head)
 
     def _like(self, **changes) -> LazyLogits:
         new = object.__new__(LazyLogits)
@@ -167,7 +167,7 @@ class LazyLogits:
         return self.materialize() / _real(divisor)
 
     mul = __mul__
-    div = __truediv__
+    div = true_divide = __truediv__
 
     def tanh(self):
         return self.materialize().tanh() if self._settled else self._step("tanh", None)
@@ -179,7 +179,7 @@ class LazyLogits:
 
     # The fused way
 
-    def scales(self) -> tuple[float, float | None] | None:
+    def scales(self) -> tuple | None:
         """(logit_scale, softcap) with logits = softcap * tanh(logit_scale * z / softcap), z = hidden @ weight^T.
 
         Without a softcap logits = logit_scale * z. None for steps that this form does not cover.
@@ -235,22 +235,18 @@ class LazyLogits:
         if label_smoothing:
             options["label_smoothing"] = label_smoothing
 
-        def loss(hidden, lm_head_weight, bias):
+        options.update(ignore_index=ignore_index, reduction=reduction)
+
+        def loss(hidden, head_weight, bias):
             given = options if bias is None else options | {"bias": bias}
-            result = functional.liger_fused_linear_cross_entropy(
-                hidden,
-                lm_head_weight,
-                target.to(hidden.device),
-                ignore_index=ignore_index,
-                reduction=reduction,
-                **given,
-            )
+            result = functional.liger_fused_linear_cross_entropy(hidden, head_weight, target.to(hidden.device), **given)
             return unpack_cross_entropy_result(result)
 
         results = self.reduce(loss)
         if self.window is not None:
             self.window.collect(results)
-        return results[0].to(device=self.device, dtype=self.dtype)
+        autocast = torch.is_autocast_enabled(self.device.type)  # which computes F.cross_entropy in fp32
+        return results[0].to(device=self.device, dtype=torch.float32 if autocast else self.dtype)
 
     # The true logits
 
@@ -269,7 +265,8 @@ class LazyLogits:
         return self._value
 
     def _check_weight(self) -> None:
-        if self._made_at is not None and _version(self.head) not in (None, self._made_at):
+        now = _versions(self.head)
+        if any(now.get(key, version) != version for key, version in self._made_at.items()):
             raise RuntimeError(
                 "these logits were not computed during the forward, and the LM head's weight has changed since: use "
                 "outputs.logits before the optimizer step, or call the model with skip_logits=False"
@@ -349,11 +346,9 @@ def _fused_cross_entropy(
     return input.cross_entropy(target, weight, ignore_index, reduction, label_smoothing)
 
 
-def _version(head) -> int | None:
-    weight = getattr(head, "weight", None)
-    if type(weight) is not torch.nn.Parameter or weight.is_inference():
-        return None
-    return weight._version
+def _versions(head) -> dict[int, int]:
+    """How often each parameter of the head has been written; sharded ones are other objects during the forward."""
+    return {id(p): p._version for p in head.parameters() if not p.is_inference()}
 
 
 def _is_number(value) -> bool:
@@ -374,7 +369,7 @@ def _identity(value):
     return value
 
 
-def _through_value(name):
+def _through_value(name: str) -> Any:
     def method(self, *args):
         return getattr(self.materialize(), name)(*_real(args))
 
@@ -389,4 +384,3 @@ for _name in (
     "eq", "ne", "lt", "le", "gt", "ge", "bool", "float", "int",
 ):  # fmt: skip
     setattr(LazyLogits, f"__{_name}__", _through_value(f"__{_name}__"))
-LazyLogits.true_divide = LazyLogits.__truediv__

@@ -84,6 +84,8 @@ def LigerForCausalLMLoss(
     known = _loss_options(functional.liger_fused_linear_cross_entropy)
     kwargs = {name: value for name, value in kwargs.items() if name in known}
     if shift_labels is None:
+        if labels is None:
+            raise ValueError("a causal LM loss needs labels or shift_labels")
         shift_labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     return fixed_fused_linear_cross_entropy(
         hidden_states.reshape(-1, hidden_size),
@@ -101,7 +103,7 @@ def LigerForCausalLMLoss(
 @lru_cache
 def _loss_options(function) -> frozenset[str]:
     """Keywords that the fused op takes; those of our own op where a wrapper only says (*args, **kwargs)."""
-    parameters = inspect.signature(function).parameters
+    parameters = dict(inspect.signature(function).parameters)
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         from liger_kernel.ops.fused_linear_cross_entropy import liger_fused_linear_cross_entropy as own
 

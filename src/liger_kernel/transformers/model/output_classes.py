@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import fields, make_dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ _PARENTS = {
 
 
 @lru_cache(None)
-def liger_output(parent: type) -> type:
+def liger_output(parent) -> type:
     """The subclass of an output class with token_accuracy and predicted_tokens appended."""
     extra = [("token_accuracy", torch.FloatTensor | None, None), ("predicted_tokens", torch.LongTensor | None, None)]
     made = make_dataclass(f"Liger{parent.__name__}", extra, bases=(parent,))
@@ -45,7 +46,8 @@ def with_results(output, results: dict):
     """The model output (or tuple) with `results`, a part of token_accuracy and predicted_tokens, added."""
     if isinstance(output, tuple):
         return (*output, *results.values())
-    return liger_output(type(output))(**{f.name: getattr(output, f.name) for f in fields(output)}, **results)
+    parent: Any = type(output)
+    return liger_output(parent)(**{f.name: getattr(output, f.name) for f in fields(output)}, **results)
 
 
 def __getattr__(name: str):
