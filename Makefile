@@ -29,16 +29,16 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.train: $(VENV)/.torch pyproject.toml
-	$(BIN)/pip install --quiet -e '.[train]'
+	$(BIN)/pip install -qq -e '.[train]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(BIN)/pip install --quiet -e '.[dev]'
+	$(BIN)/pip install -qq -e '.[dev]'
 	touch $@ $(VENV)/.train
 
 # The oldest transformers that is supported, beside the current one: what it needs that the current one does not.
 $(TRANSFORMERS_457)/.done: $(VENV)/.dev
 	rm -rf $(TRANSFORMERS_457)
-	$(BIN)/pip install --quiet --no-deps --target $(TRANSFORMERS_457) 'transformers==4.57.3' 'tokenizers>=0.22,<0.23' \
+	$(BIN)/pip install -qq --no-deps --target $(TRANSFORMERS_457) 'transformers==4.57.3' 'tokenizers>=0.22,<0.23' \
 		'huggingface_hub>=0.34,<1.0' 'hf-xet>=1.1.3,<2' requests urllib3 certifi charset_normalizer idna
 	touch $@

@@ -45,9 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--data", required=True, help="a .txt, .jsonl or .parquet file")
     compare.add_argument("--text-field", default="text", help="field of .jsonl and .parquet (default: text)")
     for command in (demo, compare):
-        command.add_argument("--batch", type=_count, help="sequences per step")
-        command.add_argument("--seq", type=_count, help="tokens per sequence")
-        command.add_argument("--steps", type=_count, help="optimiser steps of each run")
+        command.add_argument("--batch", type=count, help="sequences per step")
+        command.add_argument("--seq", type=count, help="tokens per sequence")
+        command.add_argument("--steps", type=count, help="optimiser steps of each run")
         command.add_argument("--device", help="torch device (default: the accelerator, else the CPU)")
         command.add_argument("--output", default=".", metavar="DIR", help="where the picture and the figures go")
 
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")

@@ -20,6 +20,8 @@ from liger_kernel import backends
 from liger_kernel.cli import UserError, plot, report, text
 from liger_kernel.cli.train import Job, Result
 
+WORKER = ["-m", "liger_kernel.cli.train"]
+
 
 def run(arguments: argparse.Namespace) -> int:
     path = Path(arguments.data)
@@ -83,9 +85,8 @@ def run_worker(job: Job, scratch: Path, advance: Callable[[], None]) -> Result |
     """The result of `job` in a fresh process; None where it ran out of memory. Raises UserError where it failed."""
     given = scratch / "job.json"
     given.write_text(json.dumps(asdict(job)))
-    command = [sys.executable, "-m", "liger_kernel.cli.train", str(given)]
     with (scratch / "stderr").open("w+") as errors, subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=errors, text=True
+        [sys.executable, *WORKER, str(given)], stdout=subprocess.PIPE, stderr=errors, text=True
     ) as worker:  # fmt: skip
         outcome: dict = {}
         try:
@@ -141,7 +142,8 @@ def write(path: Path, fill: Callable[[Path], object]) -> None:
 
 def progress() -> Progress:
     columns = (TextColumn("{task.description:>22}"), BarColumn(), TextColumn("{task.completed}"), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _load(model: str):

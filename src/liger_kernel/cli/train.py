@@ -112,10 +112,10 @@ def _patch(model) -> int:
 
 def _batches(job: Job, device: torch.device) -> list[torch.Tensor]:
     """Batches (batch, seq) in the order of the text; a short text is read again from its start."""
-    rows = torch.load(job.tokens).split(job.seq)
-    rows = [row for row in rows if len(row) == job.seq]
-    order = range(min(job.steps, len(rows)) * job.batch)
-    return list(torch.stack([rows[i % len(rows)] for i in order]).to(device).split(job.batch))
+    tokens = torch.load(job.tokens)
+    rows = tokens[: len(tokens) // job.seq * job.seq].view(-1, job.seq)
+    order = torch.arange(min(job.steps, len(rows)) * job.batch) % len(rows)
+    return list(rows[order].to(device).split(job.batch))
 
 
 def _say(event: str, **what) -> None:
