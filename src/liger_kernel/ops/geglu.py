@@ -39,7 +39,8 @@ def _forward(a, b, approximate):
 
 
 def _backward(dc, a, b, approximate):
-    da = torch.ops.aten.gelu_backward(dc * b, a, approximate=approximate)
+    da = dc * b
+    torch.ops.aten.gelu_backward.grad_input(da, a, approximate=approximate, grad_input=da)  # no third buffer
     return da, F.gelu(a, approximate=approximate).mul_(dc)
 
 

@@ -59,7 +59,9 @@ def _backward(dc, a, b, gate_multiplier, down_multiplier, in_place=False):
 
 
 def _gradients(dc, a, b):
-    return torch.ops.aten.silu_backward(dc * b, a), F.silu(a).mul_(dc)
+    da = dc * b
+    torch.ops.aten.silu_backward.grad_input(da, a, grad_input=da)  # no third buffer
+    return da, F.silu(a).mul_(dc)
 
 
 TORCH = Kernels(_forward, _backward)
