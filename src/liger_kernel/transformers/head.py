@@ -233,7 +233,7 @@ class Fusion:
         """Bind forward, head and loss of the model; the forward only, if an undo left it under someone's wrapper."""
         model = self.model
         self.head = None
-        if _PATCH not in model.__dict__:
+        if model.__dict__.get(_PATCH) is None:
             self.model_before = _saved(model, [self.slot, _PATCH])
             me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
             signature = self.signature.replace(parameters=[me, *self.signature.parameters.values()])

@@ -7,7 +7,7 @@ Each function looks the next one up when it is called, `LigerForCausalLMLoss` ->
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -100,16 +100,21 @@ def LigerForCausalLMLoss(
     )
 
 
-@lru_cache
-def _loss_options(function) -> frozenset[str]:
-    """Keywords that the fused op takes; those of our own op where a wrapper only says (*args, **kwargs)."""
-    parameters = dict(inspect.signature(function).parameters)
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        from liger_kernel.ops.fused_linear_cross_entropy import liger_fused_linear_cross_entropy as own
+_known: dict[Any, tuple[str, ...]] = {}
 
-        parameters = {**inspect.signature(own).parameters, **parameters}
-    # reduction and softcap have names of their own here; passing them on would give them twice
-    return frozenset(parameters) - {"input", "weight", "target", "reduction", "softcap"}
+
+def _loss_options(function) -> tuple[str, ...]:
+    """Keywords that the fused op takes; those of our own op where a wrapper only says (*args, **kwargs)."""
+    if function not in _known:
+        parameters = dict(inspect.signature(function).parameters)
+        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            from liger_kernel.ops.fused_linear_cross_entropy import liger_fused_linear_cross_entropy as own
+
+            parameters = {**inspect.signature(own).parameters, **parameters}
+        # reduction and softcap have names of their own here; passing them on would give them twice
+        own_names = {"input", "weight", "target", "reduction", "softcap"}
+        _known[function] = tuple(name for name in parameters if name not in own_names)
+    return _known[function]
 
 
 _loss_options._dynamo_marked_constant = True  # type: ignore[attr-defined]  # read while tracing, never traced
