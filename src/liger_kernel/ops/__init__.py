@@ -10,6 +10,10 @@ EXPORTS: dict[str, tuple[str, ...]] = {
         "fused_add_rms_norm_backward",
         "fused_add_rms_norm_forward",
     ),
+    "fused_linear_cross_entropy": (
+        "LigerFusedLinearCrossEntropyFunction", "fused_linear_cross_entropy_backward",
+        "fused_linear_cross_entropy_forward",
+    ),
     "geglu": ("LigerGELUMulFunction", "geglu_backward", "geglu_forward"),
     "relu_squared": ("LigerReLUSquaredFunction", "relu_squared_backward", "relu_squared_forward"),
     "layer_norm": ("LigerLayerNormFunction", "layer_norm_backward", "layer_norm_forward"),

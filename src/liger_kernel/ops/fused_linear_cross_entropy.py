@@ -1,0 +1,319 @@
+"""Linear projection and cross entropy in one op: the loss of a language model's head without its logits.
+
+    loss = cross_entropy(hidden W^T + b, target)        options and mathematics: liger_kernel.ops.cross_entropy
+
+Shapes    hidden: (..., H); weight: (V, H); bias: (V,); target: (...) integers; the loss: 0-d, or like target.
+Numerics  see liger_kernel.ops.head; the loss is fp32 (fp64 for fp64 hidden).
+Memory    mean and sum: dhidden and dweight, formed in the forward (6 T H V flops). none, and fp16: nothing but the
+          inputs; the backward recomputes each chunk (8 T H V).
+Needs     all tensors on one device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from liger_kernel.ops import cross_entropy, head
+from liger_kernel.ops.core import Case, Contract, Kernels, kernels
+from liger_kernel.ops.cross_entropy import CrossEntropyOutput
+from liger_kernel.ops.row_loss import (
+    REDUCTIONS,
+    GradAware,
+    RowLoss,
+    check_class_weight,
+    check_target,
+    finish,
+    is_early,
+    prepare,
+    wanted,
+)
+
+NAME = "fused_linear_cross_entropy"
+_CHUNK_MEM_CONST = 1
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """What goes beyond liger-kernel's interface; see liger_fused_linear_cross_entropy."""
+
+    logit_scale: float = 1.0
+    temperature: float = 1.0
+    token_weight: torch.Tensor | None = None
+    normalizer: float | torch.Tensor | None = None
+    workspace_bytes: int | None = None
+    needs: tuple[bool, bool, bool] | None = None  # which of hidden, weight and bias take a gradient; None: all
+    dtype: torch.dtype | None = None  # of the products; None: head.product_dtype
+
+
+DEFAULT = HeadOptions()
+
+
+# Reference
+
+
+def reference(x, weight, bias=None, target=None, token_weight=None, **options):
+    """The same mathematics in plain torch, differentiable: the oracle of the tests."""
+    for dropped in ("accum_dtype", "workspace_bytes"):
+        options.pop(dropped, None)
+    if "logit_scale" in options:
+        options["scale"] = options.pop("logit_scale")
+    options["token_scaling"] = options.pop("use_token_scaling", False)
+    logits = torch.nn.functional.linear(x, weight, bias)
+    out_dtype = torch.promote_types(x.dtype, torch.float32)
+    return cross_entropy.reference(
+        logits, target, options.pop("ce_weight", None), token_weight=token_weight, out_dtype=out_dtype, **options
+    )
+
+
+# The pair: one engine for every device, whose GEMMs are torch's and whose row kernel is cross_entropy's
+
+
+def _backward(grads, factor):
+    return tuple(None if g is None else kernels("cross_entropy", g).backward(g, factor) for g in grads)
+
+
+TORCH = Kernels(head.run, _backward)
+
+
+# Autograd
+
+
+def fused_linear_cross_entropy_forward(
+    _input, weight, target, ce_weight=None, bias=None, ignore_index=-100, lse_square_scale=0.0, label_smoothing=0.0,
+    reduction="mean", softcap=None, return_z_loss=False, accum_dtype=None, use_token_scaling=False,
+    return_token_accuracy=False, return_predicted_tokens=False, ce_impl=None, ce_mode=None, token_grad_output=None,
+    compute_gradients=None, weight_requires_grad=None, chunk_mem_const=_CHUNK_MEM_CONST, options=DEFAULT,
+):  # fmt: skip
+    """-> (loss, z_loss, token_accuracy, predicted_tokens, grad_input, grad_weight, grad_bias), None for what is not
+    asked. _input: (T, H). token_grad_output: (T,) gradient that arrives at each token's loss.
+
+    The gradients are those of the sum of the losses. ce_impl, ce_mode and chunk_mem_const have no effect.
+    """
+    loss = RowLoss(
+        ignore_index, label_smoothing, lse_square_scale, softcap, options.logit_scale, options.temperature,
+        use_token_scaling,
+    )  # fmt: skip
+    if compute_gradients is None:
+        compute_gradients = token_grad_output is not None or _input.requires_grad or weight.requires_grad
+    needs = options.needs or (True, weight_requires_grad is not False, bias is not None)
+    needs = tuple(compute_gradients and n for n in needs)
+    factor = options.token_weight
+    if token_grad_output is not None:
+        factor = token_grad_output if factor is None else token_grad_output * factor.to(token_grad_output.dtype)
+    with torch.no_grad():
+        given = prepare(target, loss, _input, ce_weight, reduction, factor, options.normalizer)
+        stats, *grads = kernels(NAME, _input).forward(
+            _input, weight, bias, given, loss,
+            fields=wanted(return_z_loss, return_token_accuracy, return_predicted_tokens), needs=needs,
+            dtype=options.dtype, accum_dtype=accum_dtype, workspace_bytes=options.workspace_bytes,
+        )  # fmt: skip
+        results = finish(
+            stats, target, ignore_index, reduction, stats.loss.dtype, return_z_loss, return_token_accuracy,
+            return_predicted_tokens,
+        )  # fmt: skip
+    return *results, *grads
+
+
+def fused_linear_cross_entropy_backward(grad_output, grad_input, grad_weight, grad_bias):
+    """The three gradients times the 0-d grad_output, in place; None stays None."""
+    grads = grad_input, grad_weight, grad_bias
+    present = next((g for g in grads if g is not None), None)
+    return grads if present is None else kernels(NAME, present).backward(grads, grad_output)
+
+
+class LigerFusedLinearCrossEntropyFunction(GradAware):
+    """apply(_input, weight, target, bias=None, ce_weight=None, ignore_index=-100, lse_square_scale=0.0,
+    label_smoothing=0.0, reduction="mean", softcap=None, return_z_loss=False, accum_dtype=None,
+    use_token_scaling=False, return_token_accuracy=False, return_predicted_tokens=False, ce_impl=None, ce_mode=None,
+    chunk_mem_const=1, options=HeadOptions()) -> (loss, z_loss, token_accuracy, predicted_tokens).
+    """
+
+    @staticmethod
+    def forward(
+        ctx, _input, weight, target, bias=None, ce_weight=None, ignore_index=-100, lse_square_scale=0.0,
+        label_smoothing=0.0, reduction="mean", softcap=None, return_z_loss=False, accum_dtype=None,
+        use_token_scaling=False, return_token_accuracy=False, return_predicted_tokens=False, ce_impl=None,
+        ce_mode=None, chunk_mem_const=_CHUNK_MEM_CONST, options=DEFAULT,
+    ):  # fmt: skip
+        check(_input, weight, target, bias, ce_weight, reduction, ignore_index, accum_dtype, options)
+        hidden, labels, options = _input.reshape(-1, _input.shape[-1]), target.reshape(-1), flat(options, target)
+        needs = (*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[3])
+        dtype = options.dtype or head.product_dtype(hidden)
+        ctx.early = is_early(reduction, dtype)
+        options = dataclasses.replace(options, needs=needs, dtype=dtype)
+        constants = dict(
+            ignore_index=ignore_index, lse_square_scale=lse_square_scale, label_smoothing=label_smoothing,
+            reduction=reduction, softcap=softcap, accum_dtype=accum_dtype, use_token_scaling=use_token_scaling,
+            options=options,
+        )  # fmt: skip
+        *results, d_input, d_weight, d_bias = fused_linear_cross_entropy_forward(
+            hidden, weight, labels, ce_weight, bias, return_z_loss=return_z_loss,
+            return_token_accuracy=return_token_accuracy, return_predicted_tokens=return_predicted_tokens,
+            compute_gradients=ctx.early and any(needs), weight_requires_grad=needs[1], **constants,
+        )  # fmt: skip
+        ctx.shape = _input.shape
+        if ctx.early:
+            ctx.grads = d_input, d_weight, d_bias
+        elif any(needs):
+            ctx.save_for_backward(hidden, weight, labels, bias, ce_weight)
+            ctx.constants = constants
+        loss, z_loss, accuracy, predicted = results
+        if reduction == "none":
+            loss, z_loss = loss.view(target.shape), None if z_loss is None else z_loss.view(target.shape)
+        predicted = None if predicted is None else predicted.view(target.shape)
+        ctx.mark_non_differentiable(*(r for r in (z_loss, accuracy, predicted) if r is not None))
+        return loss, z_loss, accuracy, predicted
+
+    @staticmethod
+    def backward(ctx, d_loss, *_):
+        if ctx.early:
+            if ctx.grads is None:
+                raise RuntimeError(
+                    f"{NAME}: a second backward through the same graph; its gradients were formed in the forward and "
+                    "handed out by the first (reduction='none' recomputes them each time)"
+                )
+            grads, ctx.grads = ctx.grads, None
+            d_input, d_weight, d_bias = fused_linear_cross_entropy_backward(d_loss, *grads)
+        else:
+            hidden, weight, labels, bias, ce_weight = ctx.saved_tensors
+            tokens = d_loss.reshape(-1).expand(labels.shape[0]).contiguous()
+            *_, d_input, d_weight, d_bias = fused_linear_cross_entropy_forward(
+                hidden, weight, labels, ce_weight, bias, token_grad_output=tokens, compute_gradients=True,
+                weight_requires_grad=ctx.constants["options"].needs[1], **ctx.constants,
+            )  # fmt: skip
+        return None if d_input is None else d_input.view(ctx.shape), d_weight, None, d_bias, *[None] * 15
+
+
+def flat(options, target):
+    weight = options.token_weight
+    return options if weight is None else dataclasses.replace(options, token_weight=weight.reshape(-1))
+
+
+# Functional
+
+
+def liger_fused_linear_cross_entropy(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    ce_weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    lse_square_scale: float = 0.0,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    return_z_loss: bool = False,
+    accum_dtype: torch.dtype | None = None,
+    use_token_scaling: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+    chunk_mem_const: int = _CHUNK_MEM_CONST,
+    *,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    token_weight: torch.Tensor | None = None,
+    normalizer: float | torch.Tensor | None = None,
+    workspace_bytes: int | None = None,
+) -> torch.Tensor | CrossEntropyOutput:
+    """Cross entropy of input (..., H) x weight (V, H)^T + bias (V,) against target (...), logits never kept whole.
+
+    The logits are multiplied by logit_scale, capped by softcap, divided by temperature. token_weight (...) and, with
+    use_token_scaling, the label's detached probability multiply each token's loss. normalizer, a number or a 0-d
+    tensor, divides the sum (in place of the count of tokens that reduction="mean" takes). accum_dtype: that of dW's
+    sum over the chunks, default fp32; torch.bfloat16 is the lean mode. workspace_bytes: memory of a chunk of logits
+    (default LIGER_KERNEL_WORKSPACE_MB, else chosen for the device). chunk_mem_const has no effect.
+    input and weight: any float dtypes; the product is in autocast's dtype, else input's. The loss is fp32. A
+    CrossEntropyOutput where a return_* is set; only its loss is differentiable, and once.
+    Raises ValueError for shapes, dtypes, devices or options that do not fit and, on a CPU or under
+    LIGER_KERNEL_DEBUG=1, for a label outside [0, V); on a GPU such a row's loss and gradient are NaN.
+    """
+    options = HeadOptions(logit_scale, temperature, token_weight, normalizer, workspace_bytes)
+    asked = return_z_loss, return_token_accuracy, return_predicted_tokens
+    arguments = (
+        input, weight, target, bias, ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap,
+        return_z_loss, accum_dtype, use_token_scaling, return_token_accuracy, return_predicted_tokens,
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        from liger_kernel.ops.head_compile import traced
+
+        results = traced(*arguments, options)
+    else:
+        results = LigerFusedLinearCrossEntropyFunction.apply(*arguments, None, None, chunk_mem_const, options)
+    return CrossEntropyOutput(*results) if any(asked) else results[0]
+
+
+def check(hidden, weight, target, bias, ce_weight, reduction, ignore_index, accum_dtype, options) -> None:
+    """ValueError for what cannot be honoured, by name."""
+    head.check(hidden, weight, bias, NAME)
+    if target.shape != hidden.shape[:-1]:
+        raise ValueError(f"{NAME}: target of shape {tuple(target.shape)}, expected {tuple(hidden.shape[:-1])}")
+    labels = target.reshape(-1)
+    check_target(labels.shape[0], weight.shape[0], labels, hidden.device, RowLoss(ignore_index), NAME)
+    check_class_weight(ce_weight, weight.shape[0], hidden.device, NAME)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {sorted(REDUCTIONS)}, got {reduction!r}")
+    if options.normalizer is not None and reduction == "none":
+        raise ValueError(f"{NAME}: normalizer goes with reduction 'mean' or 'sum', not with 'none'")
+    if isinstance(options.normalizer, torch.Tensor) and options.normalizer.numel() != 1:
+        raise ValueError(f"{NAME}: normalizer must have one element, got shape {tuple(options.normalizer.shape)}")
+    if options.token_weight is not None and options.token_weight.shape != target.shape:
+        raise ValueError(
+            f"{NAME}: token_weight of shape {tuple(options.token_weight.shape)}, expected {tuple(target.shape)}"
+        )
+    if accum_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"{NAME}: accum_dtype must be a float dtype or None, got {accum_dtype!r}")
+    if options.workspace_bytes is not None and options.workspace_bytes <= 0:
+        raise ValueError(f"{NAME}: workspace_bytes must be positive, got {options.workspace_bytes!r}")
+
+
+# Contract
+
+
+def _case(rows, width, n_classes, dtype, device, bias=False, ignored=0.25, **options):
+    x = torch.randn(rows, width, dtype=dtype, device=device)
+    weight = torch.randn(n_classes, width, dtype=dtype, device=device) / max(width, 1) ** 0.5
+    target = torch.randint(0, n_classes, (rows,), device=device)
+    target = target.where(torch.rand(rows, device=device) >= ignored, -100)
+    return Case((x, weight, torch.randn(n_classes, dtype=dtype, device=device) if bias else None), {
+        "target": target, **options
+    })  # fmt: skip
+
+
+def _cases(dtype, device):
+    extras = dict(lse_square_scale=1e-3, label_smoothing=0.1, softcap=8.0, logit_scale=0.5, temperature=0.7,
+                  use_token_scaling=True, return_z_loss=True, return_token_accuracy=True)  # fmt: skip
+    shapes = ((9, 16, 41), (1, 1, 1), (5, 8, 3), (0, 8, 7), (33, 8, 300))
+    # One row to a chunk, and all in one.
+    budgets = (1, 1 << 30)
+    cases = [
+        _case(*shape, dtype, device, reduction=r, bias=bool(more), workspace_bytes=budget, **more)
+        for shape in shapes
+        for r in REDUCTIONS
+        for budget, more in zip(budgets, ({}, extras))
+    ]
+    return [*cases, _case(7, 4, 33, dtype, device, ignored=1.0)]
+
+
+def _timed(dtype, device):
+    shapes = ((4096, 4096, 128256), (8192, 4096, 128256), (16384, 1024, 151936), (16384, 4096, 32000))
+    return {"x".join(map(str, s)): _case(*s, dtype, device, ignored=0.0) for s in shapes}
+
+
+def _call(x, weight, bias=None, target=None, **options):
+    result = liger_fused_linear_cross_entropy(x, weight, target, bias, **options)
+    if isinstance(result, torch.Tensor):
+        return result
+    return result.loss, result.z_loss, result.token_accuracy, result.predicted_tokens
+
+
+CONTRACT = Contract(
+    call=_call,
+    reference=reference,
+    cases=_cases,
+    timed=_timed,
+    bytes_moved=lambda x, weight, *args, **options: 2 * (x.numel() + weight.numel()) * x.element_size(),
+)

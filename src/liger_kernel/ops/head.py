@@ -1,0 +1,181 @@
+"""A language model's head, hidden x weight, in row chunks: the logits never exist whole.
+
+    for each chunk of rows:  logits = h W^T + b;  per row: statistics, and dlogits over the logits
+                             dh = dlogits W;  dW += dlogits^T h;  db += sum of dlogits
+
+Shapes    hidden: (T, H); weight: (V, H); bias: (V,); the chunk: (rows, V) in the dtype of the product.
+Numerics  products in the dtype torch would give them (autocast's, else hidden's); dW is summed in fp32 whatever the
+          number of chunks, or in accum_dtype; one chunk needs no sum. Same bits each time.
+Memory    one chunk, dh, dW, and with several chunks dW once more in fp32.
+Flops     2 T H V for the statistics, 6 T H V with both gradients.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+
+from liger_kernel.ops.core import kernels, upcast
+from liger_kernel.ops.row_loss import Given, RowLoss, Stats, autocast_dtype, empty_stats
+
+MIB = 1 << 20
+WORKSPACE_ENV = "LIGER_KERNEL_WORKSPACE_MB"
+# (bytes, rows) at most of a default chunk. H100, bf16: cuBLAS gains nothing from more rows.
+CHUNK = {"cpu": (64 * MIB, 1 << 20), "gradients": (512 * MIB, 3584), "forward": (256 * MIB, 3584)}
+SLAB = 32 * MIB  # temporaries of a product that is widened by hand
+
+
+@torch.no_grad()
+def run(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    given: Given,
+    loss: RowLoss,
+    fields=(),
+    needs=(False, False, False),
+    dtype: torch.dtype | None = None,
+    accum_dtype: torch.dtype | None = None,
+    workspace_bytes: int | None = None,
+) -> tuple[Stats, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """The Stats of every row of hidden (T, H), and the gradients of (hidden, weight, bias) that `needs` asks for.
+
+    dtype is that of the products, see product_dtype; each gradient has the dtype of what it belongs to.
+    """
+    dtype = dtype or product_dtype(hidden)
+    h_all, w = hidden.to(dtype).contiguous(), weight.to(dtype).contiguous()
+    b = None if bias is None else bias.to(dtype)
+    (n_rows, width), n_classes = h_all.shape, w.shape[0]
+    device = hidden.device
+    stats = empty_stats(n_rows, device, upcast(h_all).dtype, fields)
+    rows = chunk_rows(n_rows, n_classes, dtype, device, any(needs), workspace_bytes)
+    n_chunks = -(-n_rows // rows)
+    d_hidden = torch.empty_like(h_all) if needs[0] else None
+    d_weight = d_bias = None
+    if needs[1]:
+        sum_dtype = torch.promote_types(weight.dtype if n_chunks <= 1 else accum_dtype or upcast(w).dtype, dtype)
+        make = torch.empty if n_chunks else torch.zeros
+        d_weight = make(n_classes, width, dtype=sum_dtype, device=device)
+    if needs[2]:
+        d_bias = torch.zeros(n_classes, dtype=stats.loss.dtype, device=device)
+    pair = kernels("cross_entropy", h_all)
+    chunk = empty_chunk(rows, n_classes, dtype, device)
+    for i in range(0, n_rows, rows):
+        j = min(i + rows, n_rows)
+        h, logits = h_all[i:j], chunk[: j - i]
+        project(h, w, b, logits)
+        pair.forward(logits, given.rows(i, j), loss, stats.rows(i, j), logits if any(needs) else None)
+        if d_hidden is not None:
+            torch.mm(logits, w, out=d_hidden[i:j])
+        if d_weight is not None:
+            add_product(d_weight, logits.t(), h, first=i == 0)
+        if d_bias is not None:
+            d_bias += logits.sum(0, dtype=d_bias.dtype)
+    del chunk
+    return (
+        stats,
+        None if d_hidden is None else d_hidden.to(hidden.dtype),
+        None if d_weight is None else d_weight.to(weight.dtype),
+        None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+    )
+
+
+def product_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """The dtype of hidden x weight: autocast's where it is on, as F.linear has it, else hidden's."""
+    if hidden.dtype is torch.float64:
+        return hidden.dtype
+    return autocast_dtype(hidden.device) or hidden.dtype
+
+
+def chunk_rows(n_rows, n_classes, dtype, device, gradients: bool, workspace_bytes: int | None = None) -> int:
+    """Rows of a chunk whose logits fit workspace_bytes (default: LIGER_KERNEL_WORKSPACE_MB, else the device's)."""
+    limit, most = CHUNK["cpu" if device.type == "cpu" else "gradients" if gradients else "forward"]
+    asked = workspace_bytes if workspace_bytes is not None else environment_bytes()
+    if asked is not None:
+        limit, most = asked, 1 << 30
+    rows = max(1, min(limit // (pitch(n_classes) * dtype.itemsize), most, n_rows))
+    if rows >= n_rows:
+        return max(n_rows, 1)
+    if rows < 128:
+        return rows
+    whole = rows // 128 * 128  # full tiles of a GEMM
+    share = -(-n_rows // -(-n_rows // whole))  # chunks of one size
+    return min(whole, -(-share // 128) * 128)
+
+
+def environment_bytes() -> int | None:
+    value = os.environ.get(WORKSPACE_ENV)
+    if not value:
+        return None
+    try:
+        return max(1, int(float(value) * MIB))
+    except ValueError:
+        raise ValueError(f"{WORKSPACE_ENV}={value!r} is not a number of MiB") from None
+
+
+def pitch(n_classes: int) -> int:
+    """Elements from row to row of a chunk: rows begin at 16-byte boundaries, as wide loads and GEMMs like them."""
+    return -(-n_classes // 16) * 16
+
+
+def empty_chunk(rows, n_classes, dtype, device):
+    if torch.compiler.is_compiling():  # Dynamo takes no strided `out`
+        return torch.empty(rows, n_classes, dtype=dtype, device=device)
+    return torch.empty(rows, pitch(n_classes), dtype=dtype, device=device)[:, :n_classes]
+
+
+def project(h, w, b, out) -> None:
+    """out = h w^T + b."""
+    if b is None:
+        torch.mm(h, w.t(), out=out)
+    else:
+        torch.addmm(b, h, w.t(), out=out)
+
+
+def add_product(total, a, b, first: bool) -> None:
+    """total = (0 if first else total) + a b, the sum in total's dtype, which may be wider than a's."""
+    if total.dtype == a.dtype:
+        torch.mm(a, b, out=total) if first else total.addmm_(a, b)
+    elif widens(a.device.type, a.dtype, total.dtype):
+        if first:
+            torch.mm(a, b, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        b = b.to(total.dtype)
+        step = max(1, SLAB // max(1, a.shape[1] * total.element_size()))
+        for i in range(0, a.shape[0], step):
+            part, rows = a[i : i + step].to(total.dtype), total[i : i + step]
+            torch.mm(part, b, out=rows) if first else rows.addmm_(part, b)
+
+
+@functools.cache
+def widens(device_type: str, narrow: torch.dtype, wide: torch.dtype) -> bool:
+    """Whether this torch multiplies narrow matrices into a wide result on this kind of device."""
+    a = torch.zeros(16, 16, dtype=narrow, device=device_type)
+    total = torch.zeros(16, 16, dtype=wide, device=device_type)
+    try:
+        torch.mm(a, a, out_dtype=wide, out=total)
+        torch.addmm(total, a, a, out_dtype=wide, out=total)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return True
+
+
+def check(hidden, weight, bias, op: str) -> None:
+    """ValueError for a hidden, a weight and a bias that do not go together."""
+    if not hidden.is_floating_point() or hidden.dim() < 1:
+        raise ValueError(f"{op}: hidden must be floats of shape (..., H), got {hidden.dtype} {tuple(hidden.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{op}: hidden has H = {hidden.shape[-1]} and needs a weight (V, H), got one of shape {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: bias of shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{op}: hidden is on {hidden.device} and the {name} on {tensor.device}")
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{op}: the {name} must be of a float dtype, got {tensor.dtype}")
