@@ -29,9 +29,10 @@ class RowTiles:
 
     @classmethod
     def choose(
-        cls, n_rows: int, n_cols: int, device: torch.device, live: int, waves: int | None = None, elements: int = 2048
+        cls, n_rows: int, n_cols: int, device: torch.device, live: int, resident: int = 0, elements: int = 2048
     ) -> RowTiles:
-        """`live` fp32 tiles exist at once. waves=None: a program per tile; else about that many programs per core.
+        """`live` fp32 tiles exist at once. resident=0: a program per tile; else as many programs as keep about that
+        many warps on every core, each of which walks several tiles.
 
         elements: what a tile of short rows should hold at least, so that a program has enough to load.
         """
@@ -42,9 +43,11 @@ class RowTiles:
         num_warps = min(max(rows * block // (backend.warp_width * 16), 1), backend.max_warps)
         programs = triton.cdiv(n_rows, rows)
         limit = backend.max_programs
-        if backend.persistent or waves is not None:
-            limit = min(limit, backend.cores(device) * (1 if backend.persistent else waves))
-        return cls(rows, block, block < n_cols, num_warps, max(1, min(programs, limit)))
+        if backend.persistent or resident:
+            per_core = 1 if backend.persistent else max(1, resident // num_warps)
+            limit = min(limit, backend.cores(device) * per_core)
+        loop = block < n_cols
+        return cls(rows, block, loop, num_warps, max(1, min(programs, limit)), bool(resident) and not loop)
 
 
 def as_rows(x: torch.Tensor) -> tuple[int, int]:
