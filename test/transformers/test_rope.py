@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from liger_kernel.ops.rope import rope_backward, rope_forward
+from liger_kernel.ops.rope import LigerRopeFunction, rope_backward, rope_forward
 from liger_kernel.transformers.functional import liger_rope
 from liger_kernel.transformers.rope import (
     liger_rotary_pos_emb,
@@ -96,6 +96,37 @@ def test_half_width_tables_are_gpt_oss(impl, device):
         theirs = apply_rotary_pos_emb(q, k, cos, sin)
         for ours, wanted in zip(liger_rotary_pos_emb_gpt_oss(q, k, cos, sin), theirs, strict=True):
             bits_of(impl, dtype, ours, wanted)
+
+
+def test_interleaved_is_glms(impl, device):
+    from transformers.models.glm.modeling_glm import apply_rotary_pos_emb
+
+    for dtype in dtypes(impl, device):
+        q, k, cos, sin = inputs(device, dtype, dim=20, width=8)
+        theirs = apply_rotary_pos_emb(q, k, cos, sin)
+        ours = LigerRopeFunction.apply(q, k, cos[..., :4], sin[..., :4], None, 1, 8, False, "interleaved")
+        wide = [t[..., :4].repeat_interleave(2, -1) for t in (cos, sin)]
+        for a, b, c in zip(
+            ours, LigerRopeFunction.apply(q, k, *wide, None, 1, None, False, "interleaved"), theirs, strict=True
+        ):
+            bits_of(impl, dtype, a, c)
+            bits_of(impl, dtype, b, c)
+
+
+def test_deinterleaved_is_deepseeks(impl, device):
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
+
+    for dtype in dtypes(impl, device):
+        q, k, cos, sin = inputs(device, dtype, heads=(5, 1))
+        theirs = apply_rotary_pos_emb_interleave(q, k, cos, sin)
+        ours = LigerRopeFunction.apply(q, k, cos, sin, None, 1, None, False, "deinterleaved")
+        for a, b in zip(ours, theirs, strict=True):
+            bits_of(impl, dtype, a, b)
+
+
+def test_an_unknown_style_is_refused_by_name(device):
+    with pytest.raises(ValueError, match="'spiral'"):
+        LigerRopeFunction.apply(*inputs(device), None, 1, None, False, "spiral")
 
 
 def test_vision_is_qwen2_vls(impl, device):

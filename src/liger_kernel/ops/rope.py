@@ -1,8 +1,11 @@
-"""Rotary position embedding, half rotation (Su et al. 2021, RoFormer, arXiv:2104.09864; halves as in GPT-NeoX).
+"""Rotary position embedding (Su et al. 2021, RoFormer, arXiv:2104.09864).
 
-    y1 = x1 * c1 - x2 * s1        dx1 = dy1 * c1 + dy2 * s2        x = (x1, x2, rest): halves of the first R elements
-    y2 = x2 * c2 + x1 * s2        dx2 = dy2 * c2 - dy1 * s1        of a head; the rest passes through
+    y1 = x1 * c1 - x2 * s1        dx1 = dy1 * c1 + dy2 * s2
+    y2 = x2 * c2 + x1 * s2        dx2 = dy2 * c2 - dy1 * s1
 
+Styles    "half" (GPT-NeoX): x1, x2 are the halves of the first R elements of a head, the rest passes through.
+          "interleaved" (RoFormer, GPT-J): x1, x2 are their even and odd elements, in cos and sin too.
+          "deinterleaved" (DeepSeek): even and odd elements of x become the halves of y, as in cos and sin.
 Shapes    q (B, Hq, S, D), k (B, Hk, S, D), or (B, S, H, D) with unsqueeze_dim=2; cos, sin: (B, S, W), (1, S, W) or
           (S, W). R = W, or rotary_dim, which W may be half of: then c1 = c2 and s1 = s2.
 Numerics  as transformers: each product and the sum are rounded to the type torch promotes x and cos to, which is also
@@ -18,23 +21,30 @@ import torch
 from liger_kernel.ops.compat import rope_backward, rope_forward  # noqa: F401  upstream's helper signatures
 from liger_kernel.ops.core import Case, Contract, Kernels, kernels
 
+# style -> whether x1, x2 alternate in x, in y, in cos and sin
+STYLES = {"half": (False, False, False), "interleaved": (True, True, True), "deinterleaved": (True, False, False)}
 _HEADS_AT = {1: 1, -3: 1, 2: 2, -2: 2}  # unsqueeze_dim -> the dim of q that counts heads
 
 
 # Reference
 
 
-def reference(q, k, cos, sin, unsqueeze_dim=1, rotary_dim=None):
+def reference(q, k, cos, sin, unsqueeze_dim=1, rotary_dim=None, style="half"):
     """The same mathematics in plain torch, differentiable: the oracle of the tests."""
-    if rotary_dim is not None and cos.shape[-1] < rotary_dim:
-        cos, sin = (torch.cat((t, t), -1) for t in (cos, sin))
+    before, after, table = STYLES[style]
     cos, sin = ((t if t.dim() == 3 else t.unsqueeze(0)).unsqueeze(unsqueeze_dim) for t in (cos, sin))
-    rotary = cos.shape[-1]
+    rotary = rotary_dim or cos.shape[-1]
+
+    def split(t, pairs):
+        return (t[..., ::2], t[..., 1::2]) if pairs else t.chunk(2, -1)
+
+    (c1, c2), (s1, s2) = (split(t, table) if t.shape[-1] == rotary else (t, t) for t in (cos, sin))
 
     def rotate(x):
-        head, rest = x[..., :rotary], x[..., rotary:]
-        x1, x2 = head.chunk(2, -1)
-        return torch.cat((head * cos + torch.cat((-x2, x1), -1) * sin, rest), -1)
+        x1, x2 = split(x[..., :rotary], before)
+        y = x1 * c1 - x2 * s1, x2 * c2 + x1 * s2
+        y = torch.stack(y, -1).flatten(-2) if after else torch.cat(y, -1)
+        return torch.cat((y, x[..., rotary:]), -1)
 
     return rotate(q), rotate(k)
 
@@ -42,29 +52,38 @@ def reference(q, k, cos, sin, unsqueeze_dim=1, rotary_dim=None):
 # Torch pair
 
 
-def _halves(t, rotary):
-    return t[..., : rotary // 2], t[..., t.shape[-1] - rotary // 2 :]
+def _halves(t, rotary, pairs):
+    """Views of (x1, x2) in the first `rotary` elements of t; t twice where it is half as wide."""
+    if t.shape[-1] < rotary:
+        return t, t
+    if pairs:
+        return t[..., :rotary:2], t[..., 1:rotary:2]
+    return t[..., : rotary // 2], t[..., rotary // 2 : rotary]
 
 
-def _forward(q, k, cos, sin, heads_at, rotary, q_dtype, k_dtype):
-    (c1, c2), (s1, s2) = (_halves(t.unsqueeze(heads_at), rotary) for t in (cos, sin))
-
-    def rotate(x, dtype):
-        x1, x2 = _halves(x[..., :rotary], rotary)
-        y = torch.empty_like(x, dtype=dtype)
-        y1, y2 = _halves(y[..., :rotary], rotary)
-        y1.copy_((x1 * c1).sub_(x2 * s1))
-        y2.copy_((x2 * c2).add_(x1 * s2))
-        if rotary < x.shape[-1]:
-            y[..., rotary:].copy_(x[..., rotary:])
-        return y
-
-    return rotate(q, q_dtype), rotate(k, k_dtype)
+def _rotate(x, dtype, rotary, before, after, c1, s1, c2, s2):
+    x1, x2 = _halves(x, rotary, before)
+    y = torch.empty_like(x, dtype=dtype)
+    y1, y2 = _halves(y, rotary, after)
+    y1.copy_((x1 * c1).sub_(x2 * s1))
+    y2.copy_((x2 * c2).add_(x1 * s2))
+    if rotary < x.shape[-1]:
+        y[..., rotary:].copy_(x[..., rotary:])
+    return y
 
 
-def _backward(dq, dk, cos, sin, heads_at, rotary, q_dtype, k_dtype):
-    s1, s2 = _halves(sin, rotary)
-    return _forward(dq, dk, cos, torch.cat((-s2, -s1), -1), heads_at, rotary, q_dtype, k_dtype)
+def _forward(q, k, cos, sin, heads_at, rotary, style, q_dtype, k_dtype):
+    before, after, table = STYLES[style]
+    (c1, c2), (s1, s2) = (_halves(t.unsqueeze(heads_at), rotary, table) for t in (cos, sin))
+    both = ((q, q_dtype), (k, k_dtype))
+    return tuple(_rotate(x, dtype, rotary, before, after, c1, s1, c2, s2) for x, dtype in both)
+
+
+def _backward(dq, dk, cos, sin, heads_at, rotary, style, q_dtype, k_dtype):
+    before, after, table = STYLES[style]
+    (c1, c2), (s1, s2) = (_halves(t.unsqueeze(heads_at), rotary, table) for t in (cos, sin))
+    both = ((dq, q_dtype), (dk, k_dtype))
+    return tuple(_rotate(x, dtype, rotary, after, before, c1, -s2, c2, -s1) for x, dtype in both)
 
 
 TORCH = Kernels(_forward, _backward)
@@ -74,16 +93,21 @@ TORCH = Kernels(_forward, _backward)
 
 
 class LigerRopeFunction(torch.autograd.Function):
-    """apply(q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None, keep_dtype=False) -> (q, k)."""
+    """apply(q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None, keep_dtype=False, style="half").
+
+    -> (q, k) rotated.
+    """
 
     @staticmethod
-    def forward(ctx, q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None, keep_dtype=False):
+    def forward(
+        ctx, q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None, keep_dtype=False, style="half"
+    ):
         if cos.requires_grad or sin.requires_grad:
             raise ValueError("rope: cos and sin take no gradient here; detach them")
         ctx.dtypes = q.dtype, k.dtype
-        q, k, cos, sin, options = prepare(q, k, cos, sin, position_ids, unsqueeze_dim, rotary_dim, keep_dtype)
+        q, k, cos, sin, options = prepare(q, k, cos, sin, position_ids, unsqueeze_dim, rotary_dim, keep_dtype, style)
         ctx.save_for_backward(cos, sin)
-        ctx.options = options[:2]
+        ctx.options = options[:3]
         return kernels("rope", q).forward(q, k, cos, sin, *options)
 
     @staticmethod
@@ -91,7 +115,7 @@ class LigerRopeFunction(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         dq, dk = readable(dq), readable(dk)
         dq, dk = kernels("rope", dq).backward(dq, dk, cos, sin, *ctx.options, *ctx.dtypes)
-        return dq, dk, *[None] * 6
+        return dq, dk, *[None] * 7
 
 
 # Functional
@@ -122,12 +146,14 @@ def readable(x):
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def prepare(q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None, keep_dtype=False):
+def prepare(q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None, keep_dtype=False, style="half"):
     """q, k, cos and sin as the pairs take them, and their options; ValueError for what cannot be honoured."""
     if isinstance(position_ids, int):  # transformers 5 has unsqueeze_dim in this place
         raise ValueError(f"rope: position_ids must be a tensor or None, got {position_ids}: name unsqueeze_dim=")
     if unsqueeze_dim not in _HEADS_AT:
         raise ValueError(f"rope: unsqueeze_dim must be one of {sorted(_HEADS_AT)}, got {unsqueeze_dim!r}")
+    if style not in STYLES:
+        raise ValueError(f"rope: style must be one of {sorted(STYLES)}, got {style!r}")
     heads_at = _HEADS_AT[unsqueeze_dim]
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(f"rope: q and k must have 4 dims, got shapes {tuple(q.shape)} and {tuple(k.shape)}")
@@ -146,14 +172,14 @@ def prepare(q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None,
     if not q.device == k.device == cos.device == sin.device:
         raise ValueError(f"rope: q is on {q.device}, k on {k.device}, cos on {cos.device}, sin on {sin.device}")
     dtypes = (q.dtype, k.dtype) if keep_dtype else (torch.promote_types(x.dtype, cos.dtype) for x in (q, k))
-    return readable(q), readable(k), cos.contiguous(), sin.contiguous(), (heads_at, rotary, *dtypes)
+    return readable(q), readable(k), cos.contiguous(), sin.contiguous(), (heads_at, rotary, style, *dtypes)
 
 
 # Contract
 
 
-def _call(q, k, cos, sin, unsqueeze_dim=1, rotary_dim=None):
-    return LigerRopeFunction.apply(q, k, cos, sin, None, unsqueeze_dim, rotary_dim)
+def _call(q, k, cos, sin, unsqueeze_dim=1, rotary_dim=None, style="half"):
+    return LigerRopeFunction.apply(q, k, cos, sin, None, unsqueeze_dim, rotary_dim, False, style)
 
 
 def _case(shape, heads, dtype, device, width=None, batch=1, unsqueeze_dim=1, transposed=False, **options):
@@ -181,6 +207,11 @@ def _cases(dtype, device):
         _case((1, 3, 20), (2, 2), dtype, device, width=4, rotary_dim=8, unsqueeze_dim=2, transposed=True),
         _case((3, 2, 2), (1, 1), dtype, device, batch=3),
         _case((1, 2, 64), (64, 33), dtype, device, transposed=True),
+        *(
+            _case((2, 3, 20), (3, 2), dtype, device, width=w, rotary_dim=12, style=style, transposed=True)
+            for style in ("interleaved", "deinterleaved")
+            for w in (12, 6)
+        ),
         _case((0, 4, 8), (2, 2), dtype, device),
         _case((2, 0, 8), (2, 1), dtype, device, transposed=True),
     ]
@@ -194,6 +225,8 @@ def _timed(dtype, device):
         "4x4096x(64+8)x128": made((4, 4096, 128), (64, 8), batch=4),
         "4x4096x(4+1)x256": made((4, 4096, 256), (4, 1)),
         "4x4096x(32+2)x128 partial": made((4, 4096, 128), (32, 2), width=64),
+        "4x4096x(32+8)x128 interleaved": made((4, 4096, 128), (32, 8), style="interleaved"),
+        "4x4096x(128+1)x64 deinterleaved": made((4, 4096, 64), (128, 1), style="deinterleaved"),
         "4x(32+8)x4096x128": _case((4, 4096, 128), (32, 8), dtype, device),
     }
 

@@ -11,44 +11,63 @@ import triton.language as tl
 from liger_kernel.backends import device_of
 from liger_kernel.ops.core import Kernels
 from liger_kernel.ops.kernels.blocks import in_units, int64, launch, programs_for, rounded
+from liger_kernel.ops.rope import STYLES
 
 # Kernels: a program takes `ROWS` tokens with all heads of q and k, so cos and sin are read once.
 
 
 @triton.jit
-def _product(x, c, WORK: tl.constexpr, BACKWARD: tl.constexpr):
-    """Torch rounds each product of the forward; the backward stays in fp32."""
-    p = x * c
-    if not BACKWARD:
-        p = rounded(p, WORK)
-    return p
+def _load_halves(at, here, R: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+                 PAIRS: tl.constexpr):  # fmt: skip
+    """(x1, x2) of the R elements at each pointer of `at` (ROWS, HEADS, 1). PAIRS: they alternate in memory."""
+    if PAIRS:
+        cols = tl.arange(0, 2 * HALF)[None, None, :]
+        x = tl.load(at + cols, mask=here & (cols < R), other=0.0).to(tl.float32)
+        x1, x2 = tl.split(tl.reshape(x, (ROWS, HEADS, HALF, 2)))
+    else:
+        cols = tl.arange(0, HALF)[None, None, :]
+        mask = here & (cols < R // 2)
+        x1 = tl.load(at + cols, mask=mask, other=0.0).to(tl.float32)
+        x2 = tl.load(at + (R // 2 + cols), mask=mask, other=0.0).to(tl.float32)
+    return x1, x2
+
+
+@triton.jit
+def _store_halves(at, y1, y2, here, R: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+                  PAIRS: tl.constexpr):  # fmt: skip
+    if PAIRS:
+        cols = tl.arange(0, 2 * HALF)[None, None, :]
+        tl.store(at + cols, tl.reshape(tl.join(y1, y2), (ROWS, HEADS, 2 * HALF)), mask=here & (cols < R))
+    else:
+        cols = tl.arange(0, HALF)[None, None, :]
+        mask = here & (cols < R // 2)
+        tl.store(at + cols, y1, mask=mask)
+        tl.store(at + (R // 2 + cols), y2, mask=mask)
 
 
 @triton.jit
 def _rotate(
     X, Y, x_token, y_token, stride_x, stride_y, live, c1, s1, c2, s2,
-    H: tl.constexpr, D: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
-    WORK: tl.constexpr, BACKWARD: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    REST: tl.constexpr, X_PAIRS: tl.constexpr, Y_PAIRS: tl.constexpr, WORK: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """x_token, y_token: where each token's first head begins, (ROWS, 1, 1)."""
-    cols = tl.arange(0, HALF)[None, None, :]
     for first in range(0, H, HEADS):
         head = first + tl.arange(0, HEADS)[None, :, None]
         here = live & (head < H)
-        mask = here & (cols < R // 2)
         head = head.to(tl.int64)
         x_at = X + x_token + head * stride_x
         y_at = Y + y_token + head * stride_y
-        x1 = tl.load(x_at + cols, mask=mask, other=0.0).to(tl.float32)
-        x2 = tl.load(x_at + (R // 2 + cols), mask=mask, other=0.0).to(tl.float32)
+        x1, x2 = _load_halves(x_at, here, R, ROWS, HEADS, HALF, X_PAIRS)
         if BACKWARD:
-            y1 = _product(x1, c1, WORK, BACKWARD) + _product(x2, s2, WORK, BACKWARD)
-            y2 = _product(x2, c2, WORK, BACKWARD) - _product(x1, s1, WORK, BACKWARD)
-        else:
-            y1 = rounded(_product(x1, c1, WORK, BACKWARD) - _product(x2, s1, WORK, BACKWARD), WORK)
-            y2 = rounded(_product(x2, c2, WORK, BACKWARD) + _product(x1, s2, WORK, BACKWARD), WORK)
-        tl.store(y_at + cols, y1.to(Y.dtype.element_ty), mask=mask)
-        tl.store(y_at + (R // 2 + cols), y2.to(Y.dtype.element_ty), mask=mask)
+            y1 = x1 * c1 + x2 * s2
+            y2 = x2 * c2 - x1 * s1
+        else:  # torch rounds each product and the sum
+            y1 = rounded(rounded(x1 * c1, WORK) - rounded(x2 * s1, WORK), WORK)
+            y2 = rounded(rounded(x2 * c2, WORK) + rounded(x1 * s2, WORK), WORK)
+        y1 = y1.to(Y.dtype.element_ty)
+        y2 = y2.to(Y.dtype.element_ty)
+        _store_halves(y_at, y1, y2, here, R, ROWS, HEADS, HALF, Y_PAIRS)
         if R < D:
             for start in range(R, D, REST):
                 rest = start + tl.arange(0, REST)[None, None, :]
@@ -68,7 +87,8 @@ def _rope_kernel(
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
     stride_yb, stride_ys, stride_yh, stride_zb, stride_zs, stride_zh,
     UNIT: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    BATCHED: tl.constexpr, BACKWARD: tl.constexpr, Q_WORK: tl.constexpr, K_WORK: tl.constexpr,
+    BATCHED: tl.constexpr, BACKWARD: tl.constexpr, X_PAIRS: tl.constexpr, Y_PAIRS: tl.constexpr, C_PAIRS: tl.constexpr,
+    Q_WORK: tl.constexpr, K_WORK: tl.constexpr,
     ROWS: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     cols = tl.arange(0, HALF)[None, None, :]
@@ -82,24 +102,23 @@ def _rope_kernel(
             table = token.to(tl.int64) * W
         else:
             table = at * W
-        mask = live & (cols < R // 2)
-        c1 = tl.load(Cos + table + cols, mask=mask, other=0.0).to(tl.float32)
-        s1 = tl.load(Sin + table + cols, mask=mask, other=0.0).to(tl.float32)
         if W == R:
-            c2 = tl.load(Cos + table + (R // 2 + cols), mask=mask, other=0.0).to(tl.float32)
-            s2 = tl.load(Sin + table + (R // 2 + cols), mask=mask, other=0.0).to(tl.float32)
+            c1, c2 = _load_halves(Cos + table, live, R, ROWS, 1, HALF, C_PAIRS)
+            s1, s2 = _load_halves(Sin + table, live, R, ROWS, 1, HALF, C_PAIRS)
         else:
+            c1 = tl.load(Cos + table + cols, mask=live & (cols < W), other=0.0).to(tl.float32)
+            s1 = tl.load(Sin + table + cols, mask=live & (cols < W), other=0.0).to(tl.float32)
             c2 = c1
             s2 = s1
         _rotate(
             Q, Y, (batch * stride_qb + at * stride_qs) * UNIT, (batch * stride_yb + at * stride_ys) * UNIT,
             int64(stride_qh) * UNIT, int64(stride_yh) * UNIT, live, c1, s1, c2, s2,
-            HQ, D, R, Q_HEADS, HALF, REST, Q_WORK, BACKWARD,
+            HQ, D, R, ROWS, Q_HEADS, HALF, REST, X_PAIRS, Y_PAIRS, Q_WORK, BACKWARD,
         )  # fmt: skip
         _rotate(
             K, Z, (batch * stride_kb + at * stride_ks) * UNIT, (batch * stride_zb + at * stride_zs) * UNIT,
             int64(stride_kh) * UNIT, int64(stride_zh) * UNIT, live, c1, s1, c2, s2,
-            HK, D, R, K_HEADS, HALF, REST, K_WORK, BACKWARD,
+            HK, D, R, ROWS, K_HEADS, HALF, REST, X_PAIRS, Y_PAIRS, K_WORK, BACKWARD,
         )  # fmt: skip
 
 
@@ -136,7 +155,8 @@ def _strides(x, heads_at):
     return [x.stride(d) if x.shape[d] > 1 else 0 for d in order]
 
 
-def _run(q, k, cos, sin, heads_at, rotary, q_dtype, k_dtype, backward, config):
+def _run(q, k, cos, sin, heads_at, rotary, style, q_dtype, k_dtype, backward, config):
+    before, after, table = STYLES[style]
     y, z = torch.empty_like(q, dtype=q_dtype), torch.empty_like(k, dtype=k_dtype)
     batch, seq, dim = q.shape[0], q.shape[3 - heads_at], q.shape[3]
     q_heads, k_heads = q.shape[heads_at], k.shape[heads_at]
@@ -152,21 +172,22 @@ def _run(q, k, cos, sin, heads_at, rotary, q_dtype, k_dtype, backward, config):
         _rope_kernel, programs_for(tiles, q.device), q.device,
         q, k, cos, sin, y, z, batch * seq, seq, tiles, *(s // unit for s in strides),
         UNIT=unit, HQ=q_heads, HK=k_heads, D=dim, R=rotary, W=cos.shape[-1], BATCHED=cos.shape[0] > 1,
-        BACKWARD=backward, Q_WORK=work[0], K_WORK=work[1], ROWS=config.tokens, Q_HEADS=config.heads,
+        BACKWARD=backward, X_PAIRS=after if backward else before, Y_PAIRS=before if backward else after, C_PAIRS=table,
+        Q_WORK=work[0], K_WORK=work[1], ROWS=config.tokens, Q_HEADS=config.heads,
         K_HEADS=min(config.heads, triton.next_power_of_2(max(k_heads, 1))), HALF=half,
         REST=min(triton.next_power_of_2(max(dim - rotary, 1)), half), num_warps=config.num_warps,
     )  # fmt: skip
     return y, z
 
 
-def rope_forward(q, k, cos, sin, heads_at, rotary, q_dtype, k_dtype, config=None):
+def rope_forward(q, k, cos, sin, heads_at, rotary, style, q_dtype, k_dtype, config=None):
     """q, k: 4 dims, heads in dim `heads_at`, last dim dense; cos, sin: (B or 1, S, W) contiguous -> both rotated."""
-    return _run(q, k, cos, sin, heads_at, rotary, q_dtype, k_dtype, False, config)
+    return _run(q, k, cos, sin, heads_at, rotary, style, q_dtype, k_dtype, False, config)
 
 
-def rope_backward(dq, dk, cos, sin, heads_at, rotary, q_dtype, k_dtype, config=None):
+def rope_backward(dq, dk, cos, sin, heads_at, rotary, style, q_dtype, k_dtype, config=None):
     """-> the gradients of q and k, rotated back, in fresh memory."""
-    return _run(dq, dk, cos, sin, heads_at, rotary, q_dtype, k_dtype, True, config)
+    return _run(dq, dk, cos, sin, heads_at, rotary, style, q_dtype, k_dtype, True, config)
 
 
 KERNELS = Kernels(rope_forward, rope_backward)
