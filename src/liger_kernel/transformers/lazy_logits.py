@@ -31,10 +31,9 @@ class LazyLogits:
         self._vocab_size = vocab_size
         self._steps = steps
         self._vocab = vocab
-        self._compute_dtype = None
-        if dtype is None and torch.is_autocast_enabled(hidden.device.type) and hidden.dtype is not torch.float64:
-            self._compute_dtype = dtype = torch.get_autocast_dtype(hidden.device.type)
-        self.dtype = dtype or hidden.dtype
+        self._autocast = _autocast_dtype(hidden.device.type)
+        computed = hidden.dtype if self._autocast is None or hidden.dtype is torch.float64 else self._autocast
+        self.dtype = dtype or computed
         self._grad = torch.is_grad_enabled() if grad is None else grad
         self.device = device or hidden.device
         self._value: torch.Tensor | None = None
@@ -207,21 +206,21 @@ class LazyLogits:
         return not self._settled and self.scales() is not None
 
     def reduce(self, function: Callable):
-        """function(hidden, weight, bias), run inside the head's call, in the dtype that the head would compute in."""
+        """function(hidden, weight, bias), run inside the head's call and under the autocast it was first called in."""
 
-        def cast(hidden, weight, bias):
-            if self._vocab is not None:
-                weight = weight[slice(*self._vocab)]
-                bias = None if bias is None else bias[slice(*self._vocab)]
-            if self._compute_dtype is None:
-                return function(hidden, weight, bias)
-            dtype = self._compute_dtype
-            bias = None if bias is None else bias.to(dtype)
-            with torch.autocast(hidden.device.type, enabled=False):
-                return function(hidden.to(dtype), weight.to(dtype), bias)
+        def sliced(hidden, weight, bias):
+            part = slice(*self._vocab)
+            return function(hidden, weight[part], None if bias is None else bias[part])
 
-        with nullcontext() if self._grad else torch.no_grad():
-            return self.head(self.hidden, reduce=cast)
+        with nullcontext() if self._grad else torch.no_grad(), self._made_under_autocast():
+            return self.head(self.hidden, reduce=function if self._vocab is None else sliced)
+
+    def _made_under_autocast(self):
+        """The autocast state of the head's call, where it is another one now."""
+        device_type, dtype = self.hidden.device.type, self._autocast
+        if dtype == _autocast_dtype(device_type):
+            return nullcontext()
+        return torch.autocast(device_type, dtype=dtype, enabled=dtype is not None)
 
     def cross_entropy(self, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
         """F.cross_entropy of these logits (T, V) and target (T,), fused; the loss has the logits' dtype."""
@@ -349,6 +348,10 @@ def _fused_cross_entropy(
 def _versions(head) -> dict[int, int]:
     """How often each parameter of the head has been written; sharded ones are other objects during the forward."""
     return {id(p): p._version for p in head.parameters() if not p.is_inference()}
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 def _is_number(value) -> bool:
