@@ -1,0 +1,414 @@
+"""Every row of the model table, and the names other projects call."""
+
+import copy
+import importlib
+import inspect
+import logging
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+from support import patched_names, tiny_model
+
+pytest.importorskip("transformers")
+
+import transformers  # noqa: E402
+
+import liger_kernel.transformers as ours  # noqa: E402
+from liger_kernel.transformers import (  # noqa: E402
+    _apply_liger_kernel,
+    _apply_liger_kernel_to_instance,
+    _stub,
+    apply_liger_kernel,
+    monkey_patch,
+    revert_liger_kernel,
+)
+from liger_kernel.transformers.kinds import rope  # noqa: E402
+from liger_kernel.transformers.models import APPLY_PREFIX, MODELS  # noqa: E402
+from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN  # noqa: E402
+
+# Of a model with two layers: (norms, gated MLPs). Every norm there is, q and k norms too; mixtral's experts are theirs.
+FOUND = {
+    "gemma": (5, 2),
+    "gemma2": (9, 2),
+    "gemma3_text": (13, 2),
+    "granite": (5, 2),
+    "llama": (5, 2),
+    "mistral": (5, 2),
+    "mixtral": (5, 0),
+    "olmo2": (9, 2),
+    "phi3": (5, 2),
+    "qwen2": (5, 2),
+    "qwen3": (9, 2),
+    "smollm3": (5, 2),
+}
+BODY = dict(fused_linear_cross_entropy=False)
+every_row = pytest.mark.parametrize("model_type", MODELS)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    yield
+    for model_type in list(monkey_patch.arrange._arranged):
+        revert_liger_kernel(model_type)
+    for entry in list(rope._replaced.values()):
+        entry.users.clear()
+    rope.release(nn.Identity())
+
+
+def apply_to(model_type, **kwargs):
+    return getattr(ours, APPLY_PREFIX + model_type)(**kwargs)
+
+
+def batch(model, rows=2, length=16):
+    ids = torch.randint(3, model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[0, :5] = -100
+    return dict(input_ids=ids, labels=labels, use_cache=False)
+
+
+# What is patched
+
+
+@every_row
+def test_every_module_of_the_row_is_patched(model_type):
+    model = tiny_model(model_type)
+    norms = {n for n, m in model.named_modules() if type(m).__name__.endswith("RMSNorm")}
+    mlps = {n for n, m in model.named_modules() if type(m).__name__.endswith("MLP")}
+    assert (len(norms), len(mlps)) == FOUND[model_type]
+    report = apply_to(model_type, model=model)
+    assert not report.left
+    assert patched_names(model) == norms | mlps
+    kinds = Counter(r.kind for r in report.patched)
+    assert kinds == Counter(norm=len(norms), mlp=len(mlps), rope=1, head=1)
+    assert model.lm_head.forward.__self__ is model.lm_head and "forward" in model.__dict__
+    modeling = sys.modules[type(model).__module__]
+    assert modeling.apply_rotary_pos_emb.__module__ == modeling.__name__  # wrapped: it looks like the original
+    assert rope.original(rope.Place(vars(modeling), "apply_rotary_pos_emb")) is not modeling.apply_rotary_pos_emb
+
+
+@every_row
+def test_before_and_after_construction_patch_the_same_modules(model_type):
+    after = tiny_model(model_type)
+    apply_to(model_type, model=after)
+    early = tiny_model(model_type)  # alive when the arrangement is made
+    apply_to(model_type)
+    before = tiny_model(model_type)
+    assert patched_names(before) == patched_names(after)
+    early(**batch(early))
+    assert patched_names(early) == patched_names(after)
+    for model in (before, early):
+        for name, module in after.named_modules():
+            mine = model.get_submodule(name).__dict__.get("forward")
+            assert getattr(mine, "__code__", None) == getattr(module.__dict__.get("forward"), "__code__", None), name
+
+
+@pytest.mark.parametrize("build", ["from_config", "from_pretrained"])
+def test_every_way_of_construction_is_arranged_for(build, tmp_path):
+    first = tiny_model("llama")
+    first.save_pretrained(tmp_path)
+    apply_to("llama")
+    if build == "from_config":
+        model = transformers.AutoModelForCausalLM.from_config(first.config)
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        assert torch.equal(model.lm_head.weight, first.lm_head.weight.bfloat16())
+    apply_to("llama", model=first)
+    assert patched_names(model) == patched_names(first)
+    assert "forward" in model.__dict__ and "forward" in model.lm_head.__dict__
+
+
+def test_an_arrangement_is_for_every_class_of_the_type():
+    apply_to("llama")
+    config = tiny_model("llama").config
+    for cls in (transformers.LlamaModel, transformers.LlamaForSequenceClassification):
+        assert patched_names(cls(config)), cls
+    assert not patched_names(tiny_model("mistral"))
+
+
+def test_revert_by_type_undoes_the_arrangement():
+    cls = transformers.LlamaForCausalLM
+    before = dict(vars(cls))
+    early = tiny_model("llama")
+    apply_to("llama", **BODY)
+    late = tiny_model("llama")
+    early(**batch(early))
+    revert_liger_kernel("llama")
+    assert dict(vars(cls)) == before
+    assert not patched_names(early) and not patched_names(late) and not patched_names(tiny_model("llama"))
+
+
+def test_revert_of_a_type_that_was_not_arranged_raises():
+    with pytest.raises(ValueError, match="nothing is arranged for model type 'qwen2'"):
+        revert_liger_kernel("qwen2")
+
+
+def test_an_arrangement_made_again_takes_the_new_flags():
+    apply_to("llama", **BODY)
+    model = tiny_model("llama")
+    apply_to("llama", rms_norm=False, **BODY)
+    assert not [n for n in patched_names(model) if "norm" in n] and patched_names(model)
+    assert patched_names(tiny_model("llama")) == patched_names(model)
+
+
+def test_an_arranged_model_with_flags_of_its_own_keeps_them():
+    model = tiny_model("llama")
+    apply_to("llama", model=model, swiglu=False, **BODY)
+    wanted = patched_names(model)
+    apply_to("llama")
+    model(**batch(model))
+    model.model(input_ids=batch(model)["input_ids"])
+    assert patched_names(model) == wanted
+
+
+# Equal to the original
+
+
+@every_row
+def test_a_patched_model_computes_what_the_original_does(model_type):
+    theirs = tiny_model(model_type)
+    model = copy.deepcopy(theirs)
+    inputs = batch(theirs)
+    wanted = theirs(**inputs)
+    wanted.loss.backward()
+    with torch.no_grad():
+        logits = theirs.eval()(**inputs).logits
+    apply_to(model_type, model=model)
+    loss = model(**inputs).loss
+    loss.backward()
+    # fp32 rounding only: sums run in another order in the backward of norms and in the fused head
+    torch.testing.assert_close(loss, wanted.loss, rtol=1e-5, atol=1e-6)
+    for (name, p), q in zip(theirs.named_parameters(), model.parameters(), strict=True):
+        scale = p.grad.abs().max().item()
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=2e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(**inputs).logits, logits, rtol=1e-5, atol=1e-6)
+
+
+@every_row
+def test_bf16_logits_are_equal_to_the_bit(model_type):
+    theirs = tiny_model(model_type).to(torch.bfloat16)
+    model = copy.deepcopy(theirs)
+    inputs = batch(theirs)
+    wanted = theirs(**inputs).logits
+    apply_to(model_type, model=model, **BODY)
+    assert torch.equal(model(**inputs).logits, wanted)
+
+
+@every_row
+def test_fp32_norms_in_a_bf16_model_keep_their_dtype(model_type):
+    theirs = tiny_model(model_type).to(torch.bfloat16)
+    for module in theirs.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.float()
+    model = copy.deepcopy(theirs)
+    inputs = batch(theirs)
+    apply_to(model_type, model=model, **BODY)
+    norm = next(n for n, m in model.named_modules() if type(m).__name__.endswith("RMSNorm"))
+    mine, original = model.get_submodule(norm), theirs.get_submodule(norm)
+    x = torch.randn(3, mine.weight.numel(), dtype=torch.bfloat16)
+    assert mine(x).dtype is original(x).dtype
+    assert torch.equal(mine(x), original(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(**inputs).logits, theirs(**inputs).logits)
+
+
+# The interface
+
+
+@every_row
+def test_a_function_shows_the_flags_of_upstream(model_type):
+    mlp = "geglu" if model_type.startswith("gemma") else "swiglu"
+    parameters = inspect.signature(MODEL_TYPE_TO_APPLY_LIGER_FN[model_type]).parameters
+    wanted = ["rope", "cross_entropy", "fused_linear_cross_entropy", "rms_norm", mlp, "model"]
+    assert list(parameters) == wanted
+    assert all(isinstance(parameters[f].default, bool) for f in wanted[:-1])
+    assert parameters["model"].default is None
+    assert getattr(ours, APPLY_PREFIX + model_type) is MODEL_TYPE_TO_APPLY_LIGER_FN[model_type]
+
+
+def test_a_named_function_rejects_an_unknown_flag():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'geglu'"):
+        ours.apply_liger_kernel_to_llama(model=tiny_model("llama"), geglu=True)
+
+
+def test_a_named_function_takes_its_flags_by_position():
+    model = tiny_model("llama")
+    ours.apply_liger_kernel_to_llama(False, False, False, True, False, model)
+    assert patched_names(model) and all("norm" in n for n in patched_names(model))
+
+
+def test_an_explicit_cross_entropy_beats_the_default_of_the_fused_one():
+    model = tiny_model("llama")
+    report = ours.apply_liger_kernel_to_llama(cross_entropy=True, model=model)
+    assert [r.kernel.split()[0] for r in report.patched if r.kind == "head"] == ["cross_entropy"]
+
+
+@pytest.mark.parametrize("where", ["model", "type"])
+def test_both_losses_at_once_raise(where):
+    model = dict(model=tiny_model("llama")) if where == "model" else {}
+    with pytest.raises(ValueError, match="cannot both be True"):
+        ours.apply_liger_kernel_to_llama(cross_entropy=True, fused_linear_cross_entropy=True, **model)
+    assert not patched_names(tiny_model("llama"))
+
+
+def test_the_flag_of_the_mlp_counts_whatever_its_activation():
+    model = tiny_model("llama", hidden_act="gelu_pytorch_tanh")
+    report = ours.apply_liger_kernel_to_llama(model=model, **BODY)
+    assert {r.kernel for r in report.patched if r.kind == "mlp"} == {"geglu gelu_tanh"}
+    ours.apply_liger_kernel_to_llama(model=model, swiglu=False, **BODY)
+    assert not [n for n in patched_names(model) if "mlp" in n]
+
+
+def test_values_may_be_none():  # as axolotl passes every flag of the signature
+    model = tiny_model("llama")
+    function = MODEL_TYPE_TO_APPLY_LIGER_FN["llama"]
+    flags = dict.fromkeys(f for f in inspect.signature(function).parameters if f != "model")
+    assert not function(**flags, model=model).left
+
+
+def test_an_instance_is_patched_with_unknown_flags_dropped():
+    model = tiny_model("llama")
+    _apply_liger_kernel_to_instance(model=model, rms_norm=False, relu_squared=True, geglu=False, strict=True, **BODY)
+    assert {n.split(".")[-1] for n in patched_names(model)} == {"mlp"}
+
+
+def test_without_the_fused_head_the_models_forward_is_untouched():  # trl has replaced it with its own
+    model = tiny_model("llama")
+    model.forward = mine = lambda *args, **kwargs: None
+    _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False)
+    assert model.forward is mine and "forward" not in model.lm_head.__dict__ and "_loss_function" not in model.__dict__
+    assert patched_names(model)
+
+
+def test_a_second_train_changes_nothing():
+    model = tiny_model("llama")
+    _apply_liger_kernel_to_instance(model=model)
+    before = [dict(m.__dict__) for m in model.modules()]
+    _apply_liger_kernel_to_instance(model=model)
+    assert all(m.__dict__ == b for m, b in zip(model.modules(), before, strict=True))
+
+
+@pytest.mark.parametrize("model_type", [None, "no_such_type"])
+def test_an_unknown_or_missing_model_type_is_passed_over(model_type, caplog):
+    model = nn.Sequential(nn.LayerNorm(8))
+    if model_type is not None:
+        model.config = transformers.PretrainedConfig()
+        model.config.model_type = model_type
+    with caplog.at_level(logging.INFO, logger="liger_kernel"):
+        _apply_liger_kernel_to_instance(model=model)
+        _apply_liger_kernel(model_type, rope=False)
+    assert not patched_names(model) and caplog.text.count("nothing is applied") == 2
+
+
+def test_a_causal_lm_without_a_row_is_patched_all_the_same():
+    config = transformers.StableLmConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=128,
+    )  # fmt: skip
+    model = transformers.StableLmForCausalLM(config)
+    assert config.model_type not in MODELS
+    _apply_liger_kernel_to_instance(model=model, rope=False)
+    assert {n.split(".")[-1] for n in patched_names(model)} == {
+        "mlp", "norm", "input_layernorm", "post_attention_layernorm"
+    }  # fmt: skip
+    assert "forward" in model.__dict__
+
+
+def test_a_users_own_entry_counts(monkeypatch):
+    seen = []
+
+    def apply_liger_kernel_to_mine(rms_norm=True, model=None):
+        seen.append((rms_norm, model))
+
+    monkeypatch.setitem(MODEL_TYPE_TO_APPLY_LIGER_FN, "llama", apply_liger_kernel_to_mine)
+    model = tiny_model("llama")
+    _apply_liger_kernel_to_instance(model=model, rms_norm=False, swiglu=True)
+    _apply_liger_kernel("llama", rms_norm=True, rope=True)
+    assert seen == [(False, model), (True, None)]
+    assert not patched_names(model)
+
+
+# Patching a module by hand
+
+
+def test_a_method_is_bound_to_one_instance():
+    module, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    monkey_patch._bind_method_to_module(module, "forward", lambda self, x: (self, x))
+    assert module(1) == (module, 1) and "forward" not in other.__dict__
+
+
+@pytest.mark.parametrize("model_type, options", [("llama", {}), ("gemma", dict(offset=1.0, casting_mode="gemma"))])
+def test_a_norm_patched_by_hand_computes_the_same(model_type, options):
+    norm = tiny_model(model_type).model.norm
+    x = torch.randn(3, 64)
+    wanted = norm(x)
+    monkey_patch._patch_rms_norm_module(norm, in_place=False, **options)
+    assert type(norm.forward.__self__) is type(norm) and norm.forward.__func__ is ours.LigerRMSNorm.forward
+    assert norm.variance_epsilon == 1e-6 and norm.in_place is False
+    torch.testing.assert_close(norm(x), wanted)
+
+
+def test_a_layer_norm_patched_by_hand_computes_the_same():
+    norm = nn.LayerNorm(16, eps=1e-3)
+    x = torch.randn(3, 16) * 0.1
+    wanted = norm(x)
+    monkey_patch._patch_layer_norm_module(norm)
+    assert norm.forward.__func__ is ours.LigerLayerNorm.forward
+    torch.testing.assert_close(norm(x), wanted)
+
+
+def test_an_mlp_patched_by_hand_computes_the_same():
+    for model_type, patch in (
+        ("llama", lambda m: monkey_patch._patch_swiglu_module(m, ours.LigerSwiGLUMLP)),
+        ("phi3", lambda m: monkey_patch._patch_swiglu_module(m, ours.LigerPhi3SwiGLUMLP)),
+        ("gemma", monkey_patch._patch_geglu_module),
+    ):
+        mlp = tiny_model(model_type).model.layers[0].mlp
+        x = torch.randn(3, 64)
+        wanted = mlp(x)
+        patch(mlp)
+        assert mlp.forward.__func__.__module__.startswith("liger_kernel.")
+        torch.testing.assert_close(mlp(x), wanted)
+
+
+def test_what_a_hand_patched_is_left_to_it():
+    model = tiny_model("llama")
+    monkey_patch._patch_rms_norm_module(model.model.norm)
+    row = next(r for r in apply_liger_kernel(model, **BODY).rows if r.module == "model.norm")
+    assert row.reason == "its forward belongs to liger_kernel.transformers.rms_norm.LigerRMSNorm.forward"
+
+
+def test_modules_that_peft_trains_a_copy_of_are_both_patched_by_hand():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"])
+    wrapper = peft.get_peft_model(tiny_model("llama"), config).base_model.model.model.norm
+    monkey_patch._patch_rms_norm_module(wrapper)
+    parts = [wrapper.original_module, *wrapper.modules_to_save.values()]
+    assert len(parts) == 2 and all(p.forward.__func__ is ours.LigerRMSNorm.forward for p in parts)
+
+
+# The package
+
+
+def test_the_stub_is_fresh():
+    assert _stub.PATH.read_text() == _stub.text(), "run python -m liger_kernel.transformers._stub"
+
+
+def test_the_engine_is_not_imported_with_the_package():
+    code = (
+        "import sys, liger_kernel.transformers;"
+        "print([m for m in sys.modules if m == 'transformers' or m.endswith(('monkey_patch', 'auto_model', 'patch'))"
+        " and m.startswith('liger_kernel')])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+
+
+def test_the_older_name_of_the_trainer_entry():
+    module = importlib.import_module("liger_kernel.transformers.trainer_integration")
+    assert module._apply_liger_kernel is _apply_liger_kernel
