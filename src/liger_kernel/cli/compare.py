@@ -62,9 +62,9 @@ def compare(job: Job, tokens: torch.Tensor, title: str, target: Path) -> int:
     with tempfile.TemporaryDirectory(prefix="liger-kernel-") as scratch, progress() as bars:
         saved = Path(scratch) / "tokens.pt"
         torch.save(tokens, saved)
-        for patched in (False, True):
-            task = bars.add_task("with liger_kernel" if patched else "transformers alone", total=job.steps)
-            one = replace(job, tokens=str(saved), patched=patched)
+        for with_ours in (False, True):
+            task = bars.add_task("with liger_kernel" if with_ours else "transformers alone", total=job.steps)
+            one = replace(job, tokens=str(saved), patched=with_ours)
             results.append(run_worker(one, Path(scratch), lambda: bars.advance(task)))  # noqa: B023  called at once
     plain, patched = results
     print(f"{report.heading(job, title, plain or patched)}\n")

@@ -37,7 +37,8 @@ def loss_difference(a: Result, b: Result) -> float:
 
 
 def table(plain: Result | None, patched: Result | None, tokens: int) -> Table:
-    memory = (plain or patched).memory if plain or patched else "allocated"
+    some = plain or patched
+    memory = some.memory if some else "allocated"
     made = Table(box=box.SIMPLE_HEAD)
     made.add_column("")
     for name in ("transformers", "liger_kernel", "change"):
@@ -67,11 +68,11 @@ def change(before: float | None, after: float | None) -> str:
 
 def sentence(plain: Result | None, patched: Result | None, tokens: int, device: str) -> str:
     """What this machine gained, or lost, in one sentence."""
-    if plain is None and patched is None:
-        return "Both runs were out of memory, so there is nothing to compare: lower --batch or --seq."
     if plain is None:
-        fits = f"with liger_kernel the same training fits in {size(patched.peak)}"
-        return f"transformers alone is out of memory here; {fits}."
+        if patched is not None:
+            fits = f"with liger_kernel the same training fits in {size(patched.peak)}"
+            return f"transformers alone is out of memory here; {fits}."
+        return "Both runs were out of memory, so there is nothing to compare: lower --batch or --seq."
     if patched is None:
         return "With liger_kernel the run was out of memory where transformers alone was not: please report this."
     speed = tokens_per_second(patched, tokens) / tokens_per_second(plain, tokens)
