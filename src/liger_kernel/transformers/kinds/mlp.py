@@ -85,8 +85,10 @@ def _twin(module, linears, small, dtype, training):
     for seed, (name, (inner, outer)) in enumerate(linears.items()):
         has_bias = getattr(module._modules[name], "bias", None) is not None
         linear = nn.Linear(small[inner], small[outer], bias=has_bias, device="cpu", dtype=dtype)
-        for i, p in enumerate(linear.parameters()):
-            p.copy_(0.4 * probe.random(*p.shape, seed=10 * seed + i))
+        for i, (parameter, p) in enumerate(linear.named_parameters()):
+            value = 0.4 * probe.random(*p.shape, seed=10 * seed + i, dtype=dtype)
+            # past register_parameter: accelerate redirects that to meta while a model is built
+            linear._parameters[parameter] = nn.Parameter(value, requires_grad=False)
         children[name] = linear
     changed = {
         k: small[v] for k, v in probe.settings(module).items() if type(v) is int and v in small and v > max(ROWS)
