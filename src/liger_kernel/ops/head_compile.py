@@ -36,7 +36,7 @@ def traced(
     )[:4]  # fmt: skip
     if reduction == "none":
         loss, rest[0] = loss.view(shape), rest[0].view(shape) if return_z_loss else None
-    z_loss, accuracy, predicted = (r if wanted else None for r, wanted in zip(rest, asked))
+    z_loss, accuracy, predicted = (r.detach() if wanted else None for r, wanted in zip(rest, asked))
     return loss, z_loss, accuracy, None if predicted is None else predicted.view(shape)
 
 

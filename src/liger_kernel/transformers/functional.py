@@ -15,6 +15,7 @@ __all__, __getattr__ = lazy_names(
         f"{_OPS}.cross_entropy": ("CrossEntropyOutput", "liger_cross_entropy"),
         f"{_OPS}.fused_add_rms_norm": ("liger_fused_add_rms_norm",),
         f"{_OPS}.fused_linear_cross_entropy": ("liger_fused_linear_cross_entropy",),
+        f"{_OPS}.fused_linear_scaled_cross_entropy": ("liger_fused_linear_logprobs",),
         f"{_OPS}.geglu": ("liger_geglu",),
         f"{_OPS}.layer_norm": ("liger_layer_norm",),
         f"{_OPS}.relu_squared": ("liger_relu_squared",),
