@@ -37,14 +37,12 @@ def reference(x, w=None, b=None, eps=1e-6):
 
 
 def _forward(x, w, b, eps):
-    wide = upcast(x)
-    if all(p is None or p.dtype == x.dtype for p in (w, b)):
-        y = F.layer_norm(x, x.shape[-1:], w, b, eps)
-    else:
-        like = [None if p is None else p.to(wide.dtype) for p in (w, b)]
-        y = F.layer_norm(wide, x.shape[-1:], *like, eps).to(x.dtype)
-    var, mean = torch.var_mean(wide, -1, correction=0)
-    return y, mean.flatten(), var.add_(eps).rsqrt_().flatten()
+    wide, shape = upcast(x), x.shape[-1:]
+    like = [None if p is None else p.to(wide.dtype) for p in (w, b)]
+    y, mean, rstd = torch.native_layer_norm(wide, shape, *like, eps)
+    if wide is not x and all(p is None or p.dtype == x.dtype for p in (w, b)):
+        y = F.layer_norm(x, shape, w, b, eps)  # nn.LayerNorm's bits; its statistics would be rounded to x's dtype
+    return y.to(x.dtype), mean.flatten(), rstd.flatten()
 
 
 def _backward(dy, x, w, b, mean, rstd, needs_dw, needs_db):

@@ -65,7 +65,7 @@ def _backward(dy, x, w, rstd, offset, casting_mode, in_place, needs_dw, ds=None)
         scaled = x_hat if casting_mode == "gemma" else upcast(x_hat.to(x.dtype))
         dw = (dy_wide * scaled).flatten(0, -2).sum(0).to(w.dtype)
     mean = (m * x_hat).mean(-1, keepdim=True) if x.numel() else m
-    dx = (m - x_hat.mul_(mean)).mul_(rstd)
+    dx = torch.addcmul(m, x_hat, mean, value=-1).mul_(rstd)
     if ds is not None:
         dx += ds
     return dx.to(x.dtype), dw
