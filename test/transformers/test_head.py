@@ -1,0 +1,556 @@
+"""The fused head in live models: same loss and gradients as unpatched, only in its window, undone exactly."""
+
+import copy
+import inspect
+import io
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from support import tiny_model
+
+pytest.importorskip("transformers")
+
+from liger_kernel.transformers import functional  # noqa: E402
+from liger_kernel.transformers.fsdp import _FSDPForwardRedirection  # noqa: E402
+from liger_kernel.transformers.head import HeadLeftAlone, fuse_head, use_cross_entropy  # noqa: E402
+from liger_kernel.transformers.lazy_logits import LazyLogits  # noqa: E402
+from liger_kernel.transformers.models import MODELS  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:the logits of a fused LM head were used")
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """The keywords of each call of the fused op."""
+    calls = []
+    own = functional.liger_fused_linear_cross_entropy
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(functional, "liger_fused_linear_cross_entropy", counted)
+    return calls
+
+
+def tokens(rows=2, length=11):
+    ids = torch.randint(3, 250, (rows, length))
+    labels = ids.clone()
+    labels[:, :3] = -100
+    return dict(input_ids=ids, labels=labels, use_cache=False)
+
+
+def both(model_type="llama", fuse=fuse_head, **config):
+    """A model, its fused copy and the patch."""
+    model = tiny_model(model_type, **config)
+    fused = copy.deepcopy(model)
+    return model, fused, fuse(fused)
+
+
+def agree(model, fused, given, rtol=1e-5, **kwargs):
+    """Forward and backward through both: same loss, same gradients."""
+    output, other = fused(**given, **kwargs), model(**given, **kwargs)
+    output.loss.backward()
+    other.loss.backward()
+    torch.testing.assert_close(output.loss, other.loss, rtol=rtol, atol=0)
+    compared = 0
+    for (name, p), q in zip(model.named_parameters(), fused.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            slack = rtol * 10 * p.grad.abs().max().item()  # of sums over tokens and layers, in another order
+            torch.testing.assert_close(q.grad, p.grad, rtol=0, atol=slack, msg=lambda m, n=name: f"{n}: {m}")
+            compared += 1
+    assert compared
+    return output, other
+
+
+# The twelve families
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_loss_and_gradients_are_those_of_the_unpatched_model(model_type, fused_calls):
+    model, fused, patch = both(model_type)
+    assert (patch.name, patch.pattern) == ("lm_head", "linear")
+    output, other = agree(model, fused, tokens())
+    assert len(fused_calls) == 1
+    assert isinstance(output.logits, LazyLogits) and type(output) is type(other)
+    torch.testing.assert_close(output.logits.materialize(), other.logits)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_evaluation_and_generation_see_ordinary_logits(model_type, fused_calls):
+    model, fused, _ = both(model_type)
+    given = tokens()
+    model.eval(), fused.eval()
+    with torch.no_grad():
+        assert torch.equal(fused(**given).logits, model(**given).logits)
+        options = dict(max_new_tokens=3, do_sample=False, pad_token_id=0)
+        assert torch.equal(fused.generate(given["input_ids"], **options), model.generate(given["input_ids"], **options))
+    assert not fused_calls
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "granite"])
+def test_soft_cap_and_scale_reach_the_fused_op(model_type, fused_calls):
+    config = dict(final_logit_softcapping=3.0) if "gemma" in model_type else {}
+    model, fused, _ = both(model_type, **config)
+    for m in (model, fused):
+        with torch.no_grad():  # logits large enough for the cap and the scale to matter
+            m.lm_head.weight.mul_(20.0)
+    agree(model, fused, tokens(), rtol=1e-4)
+    assert fused_calls[0].get("softcap") == config.get("final_logit_softcapping")
+    assert fused_calls[0].get("logit_scale", 1.0) == (1.0 if config else 1 / 8)
+
+
+def test_head_with_bias():
+    model, fused, patch = both("phi3", fuse=lambda m: None)
+    for m in (model, fused):
+        m.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, 256))
+    assert fuse_head(fused).pattern == "linear with bias"
+    agree(model, fused, tokens())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_and_untied_embeddings(tied):
+    agree(*both("llama", tie_word_embeddings=tied)[:2], tokens())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bf16 weights"])
+def test_bf16(model_type, autocast):
+    model, fused, _ = both(model_type)
+    if not autocast:
+        model.bfloat16(), fused.bfloat16()
+    given = tokens()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output, other = fused(**given), model(**given)
+    assert output.logits.dtype == other.logits.dtype == torch.bfloat16 and output.loss.dtype == torch.float32
+    # gemma2 rounds capped logits to bf16 three times, the fused op not at all: 2^-9 of a logit of 1 at most
+    torch.testing.assert_close(output.loss, other.loss, rtol=1e-3, atol=0)
+    assert torch.equal(output.logits.materialize(), other.logits)
+    output.loss.backward()
+    other.loss.backward()
+    for p, q in zip(model.parameters(), fused.parameters(), strict=True):
+        slack = 0.03 * p.grad.float().norm().item()  # two bf16 backward passes differ by some 2^-8 per rounding
+        assert (q.grad - p.grad).float().norm() <= slack and q.grad.dtype == p.grad.dtype
+
+
+# What opens the window, and the keywords
+
+
+def test_logits_are_ordinary_outside_training_with_labels(fused_calls):
+    _, fused, _ = both()
+    given = tokens()
+    assert isinstance(fused(input_ids=given["input_ids"]).logits, torch.Tensor)
+    assert isinstance(fused(**given, skip_logits=False).logits, torch.Tensor)
+    with torch.no_grad():
+        assert isinstance(fused(**given).logits, torch.Tensor)
+    assert not fused_calls
+
+
+def test_skip_logits_builds_no_logits_in_evaluation(fused_calls):
+    model, fused, _ = both()
+    model.eval(), fused.eval()
+    given = tokens()
+    with torch.no_grad():
+        output = fused(**given, skip_logits=True)
+        torch.testing.assert_close(output.loss, model(**given).loss)
+        assert len(fused_calls) == 1 and isinstance(output.logits, LazyLogits) and output.logits._value is None
+        assert torch.equal(output.logits.materialize(), model(**given).logits)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_token_accuracy_and_predicted_tokens_on_request(model_type, training):
+    model, fused, _ = both(model_type)
+    model.train(training), fused.train(training)
+    given = tokens()
+    output = fused(**given, return_token_accuracy=True, return_predicted_tokens=True)
+    other = model(**given)
+    shifted = F.pad(given["labels"], (0, 1), value=-100)[:, 1:]
+    kept = shifted != -100
+    top = other.logits.argmax(-1)
+    assert output.token_accuracy.dim() == 0
+    torch.testing.assert_close(output.token_accuracy, (top == shifted)[kept].float().mean())
+    assert torch.equal(output.predicted_tokens.view_as(top)[kept], top[kept])
+    assert isinstance(output, type(other)) and isinstance(output.logits, LazyLogits if training else torch.Tensor)
+    torch.testing.assert_close(output.loss, other.loss)
+
+
+def test_tuple_output_carries_the_requested_values_last():
+    _, fused, _ = both()
+    output = fused(**tokens(), return_dict=False, return_token_accuracy=True)
+    assert isinstance(output, tuple) and output[0].requires_grad and output[-1].dim() == 0
+
+
+@pytest.mark.parametrize("items", [6, torch.tensor(6)], ids=str)
+def test_num_items_in_batch(items):
+    model, fused, _ = both()
+    agree(model, fused, tokens(), num_items_in_batch=items)
+
+
+def test_shift_labels_alone_give_a_loss():
+    model, fused, _ = both()
+    given = tokens()
+    shifted = F.pad(given["labels"], (0, 1), value=-100)[:, 1:]
+    wanted = model(**given).loss
+    del given["labels"]
+    output = fused(**given, shift_labels=shifted)
+    assert isinstance(output.logits, LazyLogits)
+    torch.testing.assert_close(output.loss, wanted)
+
+
+def test_labels_by_position():
+    model, fused, _ = both()
+    given = tokens()
+    args = (given["input_ids"], None, None, None, None, given["labels"])
+    assert isinstance(fused(*args).logits, LazyLogits)
+    torch.testing.assert_close(fused(*args).loss, model(*args).loss)
+
+
+class Plain(torch.nn.Module):
+    """A model of nobody's library: computes its loss inline, its forward takes no keywords but its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.out = torch.nn.Embedding(50, 16), torch.nn.Linear(16, 50)
+
+    def get_output_embeddings(self):
+        return self.out
+
+    def forward(self, input_ids, labels=None):
+        logits = self.out(self.embed(input_ids)) * 0.7
+        loss = None
+        if labels is not None:
+            loss = torch.nn.CrossEntropyLoss()(logits[:, :-1].reshape(-1, 50), labels[:, 1:].reshape(-1))
+        return (loss, logits)
+
+
+def test_a_loss_computed_inline_is_fused(fused_calls):
+    model = Plain()
+    fused = copy.deepcopy(model)
+    fuse_head(fused)
+    ids = torch.randint(0, 50, (2, 9))
+    loss = fused(ids, labels=ids, skip_logits=None, num_items_in_batch=None)[0]
+    wanted = model(ids, labels=ids)[0]
+    loss.backward(), wanted.backward()
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(fused.out.weight.grad, model.out.weight.grad)
+    assert len(fused_calls) == 1
+
+
+def test_a_loss_function_of_the_user_gets_what_it_needs(fused_calls):
+    def smoothed(logits, labels, vocab_size, **kwargs):
+        logits, labels = logits[..., :-1, :].reshape(-1, vocab_size), labels[..., 1:].reshape(-1)
+        return F.cross_entropy(logits, labels, label_smoothing=0.2)
+
+    def unusual(logits, labels, vocab_size, **kwargs):
+        return (logits[..., :-1, :].softmax(-1).gather(-1, labels[..., 1:, None].clamp(min=0))).mean()
+
+    for loss_function, fused_times in ((smoothed, 1), (unusual, 0)):
+        model, fused, _ = both(fuse=lambda m: None)
+        model.loss_function = fused.loss_function = loss_function
+        fuse_head(fused)
+        agree(model, fused, tokens())
+        assert len(fused_calls) == fused_times
+        fused_calls.clear()
+
+
+# Living with others
+
+
+def test_signature_stays_so_that_trainers_see_the_columns():
+    model, fused, _ = both()
+    assert inspect.signature(fused.forward) == inspect.signature(model.forward)
+
+
+def test_fusing_twice_changes_nothing():
+    _, fused, patch = both()
+    before = dict(fused.__dict__)
+    again = fuse_head(fused)
+    assert fused.__dict__ == before and (again.name, again.pattern) == (patch.name, patch.pattern)
+    again.undo()
+    assert "forward" not in fused.__dict__
+
+
+def test_undo_restores_model_and_head_exactly():
+    model = tiny_model("gemma2")
+    model.loss_function = own = model.loss_function
+    before, head_before = dict(model.__dict__), dict(model.lm_head.__dict__)
+    patch = fuse_head(model)
+    model(**tokens()).loss.backward()
+    patch.undo()
+    assert model.__dict__ == before and model.lm_head.__dict__ == head_before and model._loss_function is own
+    patch.undo()
+    assert model.__dict__ == before
+
+
+def test_deepcopy_is_fused_and_separate(fused_calls):
+    _, fused, patch = both()
+    copied = copy.deepcopy(fused)
+    patch.undo()
+    output = copied(**tokens())
+    assert len(fused_calls) == 1 and output.logits.head is copied.lm_head
+    fuse_head(copied).undo()
+    assert "forward" not in copied.__dict__ and isinstance(copied(**tokens()).logits, torch.Tensor)
+
+
+def test_pickle_gives_a_model_that_can_be_fused_again():
+    model, fused, _ = both()
+    file = io.BytesIO()
+    torch.save(fused, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    given = tokens()
+    assert isinstance(loaded(**given).logits, torch.Tensor)
+    fuse_head(loaded)
+    assert isinstance(loaded(**given).logits, LazyLogits)
+    agree(model, loaded, given)
+
+
+def test_gradient_checkpointing():
+    model, fused, _ = both()
+    fused.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    agree(model, fused, tokens())
+
+
+def test_resized_head_stays_fused(fused_calls):
+    _, fused, patch = both("llama")
+    old = fused.lm_head
+    fused.resize_token_embeddings(300, mean_resizing=False)
+    assert fused.lm_head is not old
+    output = fused(**tokens())
+    assert len(fused_calls) == 1 and output.logits.shape[-1] == 300
+    patch.undo()
+    assert "forward" not in fused.lm_head.__dict__
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["fused first", "hooked first"])
+def test_accelerate_hooks_still_run(first, fused_calls):
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class Counting(hooks.ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            Counting.calls += 1
+            return args, kwargs
+
+    model = tiny_model("llama")
+    fused = copy.deepcopy(model)
+    if first:
+        fuse_head(fused)
+    hooks.add_hook_to_module(fused.lm_head, Counting())
+    hooks.add_hook_to_module(fused, hooks.ModelHook())
+    if not first:
+        fuse_head(fused)
+    agree(model, fused, tokens())
+    assert len(fused_calls) == 1
+    assert Counting.calls == 2  # for the lazy logits and around the use of the weight
+
+
+def test_prepared_by_accelerate_it_stays_fused_and_comes_off(fused_calls):
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_model("llama")
+    patch = fuse_head(model)
+    prepared = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+    assert isinstance(prepared(**tokens()).logits, LazyLogits) and len(fused_calls) == 1
+    patch.undo()  # under accelerate's wrapper
+    assert isinstance(prepared(**tokens()).logits, torch.Tensor) and len(fused_calls) == 1
+    fuse_head(model)
+    assert isinstance(prepared(**tokens()).logits, LazyLogits) and len(fused_calls) == 2
+
+
+def test_hook_on_the_head_sees_real_logits():
+    _, fused, _ = both()
+    seen = []
+    with pytest.warns(UserWarning, match="hook"):
+        fused.lm_head.register_forward_hook(lambda module, args, output: seen.append(output))
+        fused(**tokens())
+    assert len(seen) == 1 and isinstance(seen[0], torch.Tensor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fused(**tokens())
+
+
+def test_fsdp_redirection_runs_the_method_in_the_wrapper_call():
+    class Wrapper(torch.nn.Module):
+        gathered = False
+
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args, **kwargs):
+            self.gathered = True
+            try:
+                return self.module(*args, **kwargs)
+            finally:
+                self.gathered = False
+
+    wrapper = Wrapper(torch.nn.Linear(4, 3))
+    x = torch.randn(2, 4)
+
+    def method(module, x, factor):
+        assert wrapper.gathered
+        return module(x) * factor
+
+    result = _FSDPForwardRedirection()(wrapper, method, wrapper.module, x, factor=2)
+    torch.testing.assert_close(result, wrapper.module(x) * 2)
+    assert "forward" not in wrapper.module.__dict__
+
+
+# PEFT
+
+ADAPTERS = {
+    "lora": dict(target_modules=["lm_head", "q_proj"]),
+    "dropout": dict(target_modules=["lm_head"], lora_dropout=0.3),
+    "lora bias": dict(target_modules=["lm_head"], lora_bias=True),
+    "modules to save": dict(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias")
+@pytest.mark.parametrize("config", ADAPTERS.values(), ids=ADAPTERS)
+@pytest.mark.parametrize("before", [True, False], ids=["fused before", "fused after"])
+def test_adapters_on_the_head_train_through_the_fused_path(config, before, fused_calls):
+    peft = pytest.importorskip("peft")
+    base = tiny_model("llama", tie_word_embeddings=False)
+    made = []
+    for fuse in (False, True):
+        model = copy.deepcopy(base)
+        if fuse and before:
+            fuse_head(model)
+        torch.manual_seed(1)
+        config_ = peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, **config)
+        model = peft.get_peft_model(model, config_, adapter_name="mine").train()
+        if fuse and not before:
+            fuse_head(model.get_base_model())
+        made.append(model)
+    model, fused = made
+    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1) for m in made]
+    for step in range(10):
+        given = tokens()
+        losses = []
+        for m, optimizer in zip(made, optimizers, strict=True):
+            torch.manual_seed(step)  # the same dropout
+            optimizer.zero_grad()
+            losses.append(m(**given).loss)
+            losses[-1].backward()
+            optimizer.step()
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+    assert len(fused_calls) == 10
+    trained = dict(fused.named_parameters())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(trained[name], p, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_several_adapters_and_switched_off_ones(fused_calls):
+    peft = pytest.importorskip("peft")
+    base = tiny_model("llama", tie_word_embeddings=False)
+    made = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["lm_head"])
+        model = peft.get_peft_model(copy.deepcopy(base), config, adapter_name="one").train()
+        model.add_adapter("two", config)
+        model.base_model.set_adapter(["one", "two"])
+        made.append(model)
+    model, fused = made
+    fuse_head(fused.get_base_model())
+    given = tokens()
+    torch.testing.assert_close(fused(**given).loss, model(**given).loss)
+    with fused.disable_adapter(), model.disable_adapter():
+        torch.testing.assert_close(fused(**given).loss, model(**given).loss)
+    fused.merge_adapter(), model.merge_adapter()
+    torch.testing.assert_close(fused(**given).loss, model(**given).loss)
+    assert len(fused_calls) == 3
+
+
+def test_dora_falls_back_to_real_logits_and_says_so_once(fused_calls):
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llama", tie_word_embeddings=False)
+    fuse_head(model)
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["lm_head"], use_dora=True)
+    model = peft.get_peft_model(model, config).train()
+    with pytest.warns(UserWarning, match="not fused any more.*LoRA variant"):
+        assert isinstance(model(**tokens()).logits, torch.Tensor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**tokens())
+    assert not fused_calls
+
+
+# Left alone
+
+
+def test_what_cannot_be_fused_is_left_alone_with_its_reason():
+    class Special(torch.nn.Linear):
+        pass
+
+    def replaced(model, head):
+        model.out = head
+        return model
+
+    quantised = torch.nn.Linear(16, 50, bias=False)
+    quantised.weight = torch.nn.Parameter(torch.ones(50, 16, dtype=torch.int8), requires_grad=False)
+    taken = Plain()
+    taken.out.forward = lambda x: x
+    for model, reason in (
+        (torch.nn.Linear(3, 3), "no labels"),
+        (tiny_model("llama").model, "no labels"),
+        (replaced(Plain(), None), "no output embeddings"),
+        (replaced(Plain(), Special(16, 50)), "Special, not a torch.nn.Linear"),
+        (replaced(Plain(), torch.nn.Embedding(50, 16)), "Embedding, not a torch.nn.Linear"),
+        (replaced(Plain(), quantised), "int8"),
+        (taken, "replaced the head's forward"),
+    ):
+        before = dict(model.__dict__)
+        with pytest.raises(HeadLeftAlone, match=reason):
+            fuse_head(model)
+        assert model.__dict__ == before
+
+
+# Explicit cross_entropy=True
+
+
+@pytest.mark.parametrize("items", [None, 6, torch.tensor(6)], ids=str)
+def test_use_cross_entropy_computes_the_same_loss_on_real_logits(items, monkeypatch):
+    calls = []
+    own = functional.liger_cross_entropy
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(functional, "liger_cross_entropy", counted)
+    model, fused, patch = both("gemma2", use_cross_entropy)
+    before = dict(fused.__dict__)
+    assert use_cross_entropy(fused).name == patch.name and fused.__dict__ == before
+    output, other = agree(model, fused, tokens(), num_items_in_batch=items)
+    assert len(calls) == 1 and torch.equal(output.logits, other.logits)
+    patch.undo()
+    assert fused.__dict__.keys() == model.__dict__.keys()
+
+
+def test_use_cross_entropy_leaves_another_loss_alone():
+    model = tiny_model("llama")
+    model.loss_function = F.cross_entropy
+    with pytest.raises(HeadLeftAlone, match="cross_entropy, not transformers' ForCausalLMLoss"):
+        use_cross_entropy(model)
+
+
+# torch.compile
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "granite"])
+def test_compiles_in_one_graph(model_type):
+    model, fused, _ = both(model_type)
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    given = tokens()
+    output, other = agree(model, compiled, given, num_items_in_batch=torch.tensor(9))
+    assert isinstance(output.logits, LazyLogits)
+    torch.testing.assert_close(output.logits.materialize(), other.logits, rtol=1e-5, atol=1e-5)
