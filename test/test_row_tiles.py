@@ -1,0 +1,71 @@
+"""Every way to cut rows into tiles gives the same result: what a sweep of launch numbers relies on."""
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from liger_kernel.ops.kernels import fused_add_rms_norm, layer_norm, rms_norm, softmax  # noqa: E402
+from liger_kernel.ops.kernels.blocks import RowTiles  # noqa: E402
+
+ROWS, COLS = 13, 70
+
+TILES = {
+    "one program walks every row": RowTiles(1, 128, False, 1, 1),
+    "programs of unequal work": RowTiles(2, 128, False, 1, 3),
+    "prefetch": RowTiles(2, 128, False, 1, 3, prefetch=True),
+    "prefetch of a single tile each": RowTiles(4, 128, False, 2, 4, prefetch=True),
+    "a tile taller than the rows": RowTiles(32, 128, False, 4, 1, prefetch=True),
+    "column loop": RowTiles(1, 32, True, 1, 13),
+    "column loop over several rows": RowTiles(4, 32, True, 1, 2),
+    "column loop of one program": RowTiles(4, 64, True, 1, 1),
+}
+
+
+def passes(op, x, dy, w):
+    """Each launcher's call with a `tiles` left to give."""
+    if op is softmax:
+        y = softmax.softmax_forward(x)
+        return [lambda t: (softmax.softmax_forward(x, tiles=t),), lambda t: (softmax.softmax_backward(dy, y, tiles=t),)]
+    if op is layer_norm:
+        _, *stats = layer_norm.layer_norm_forward(x, w, w, 1e-6)
+        saved = dy, x, w, w, *stats, True, True
+        return [
+            lambda t: layer_norm.layer_norm_forward(x, w, w, 1e-6, tiles=t),
+            lambda t: layer_norm.layer_norm_backward(*saved, tiles=t),
+        ]
+    options = 1e-6, 0.0, "llama"
+    if op is fused_add_rms_norm:
+        _, s, rstd = op.fused_add_rms_norm_forward(x, dy, w, *options)
+        saved = dy, x, s, w, rstd, *options[1:], False, True
+        return [
+            lambda t: op.fused_add_rms_norm_forward(x, dy, w, *options, tiles=t),
+            lambda t: op.fused_add_rms_norm_backward(*saved, tiles=t),
+        ]
+    _, rstd = op.rms_norm_forward(x, w, *options, x.dtype)
+    saved = dy, x, w, rstd, *options[1:], False, True
+    return [
+        lambda t: op.rms_norm_forward(x, w, *options, x.dtype, tiles=t),
+        lambda t: op.rms_norm_backward(*saved, tiles=t),
+    ]
+
+
+@pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
+@pytest.mark.parametrize("op", [rms_norm, fused_add_rms_norm, layer_norm, softmax], ids=lambda op: op.__name__[31:])
+def test_result_does_not_depend_on_the_tiling(op, tiles, device, poisoned_memory):
+    x, dy = (torch.randn(ROWS, COLS, device=device) for _ in range(2))
+    w = torch.randn(COLS, device=device)
+    for call in passes(op, x, dy, w):
+        for found, expected in zip(call(tiles), call(None), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+def test_tiles_chosen_for_a_persistent_kernel_fill_the_cores_once(device):
+    whole = RowTiles.choose(10**6, 4096, device, live=4)
+    resident = RowTiles.choose(10**6, 4096, device, live=4, resident=16)
+    assert whole.programs * whole.rows >= 10**6 and not whole.prefetch
+    assert resident.programs < whole.programs and resident.prefetch
+    assert dataclasses.replace(resident, programs=whole.programs, prefetch=False) == whole
+    assert not RowTiles.choose(10**6, 10**6, device, live=4, resident=16).prefetch, "a column loop prefetches no row"
