@@ -130,6 +130,13 @@ def test_an_arrangement_is_for_every_class_of_the_type():
     assert not patched_names(tiny_model("mistral"))
 
 
+def test_a_model_is_patched_once_not_part_by_part(caplog):
+    apply_to("llama", **BODY)
+    with caplog.at_level(logging.INFO, logger="liger_kernel"):
+        tiny_model("llama")
+    assert [r.message.split(":")[0] for r in caplog.records] == ["LlamaForCausalLM"]
+
+
 def test_revert_by_type_undoes_the_arrangement():
     cls = transformers.LlamaForCausalLM
     before = dict(vars(cls))

@@ -401,6 +401,72 @@ def test_a_pickled_model_comes_back_patched():
     assert not apply_liger_kernel(back).left
 
 
+def test_a_patched_model_saves_what_the_original_saves(tmp_path):
+    model = tiny_model("llama")
+    wanted = {name: value.clone() for name, value in model.state_dict().items()}
+    apply_liger_kernel(model)
+    assert model.state_dict().keys() == wanted.keys()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in wanted.items())
+
+
+class PlainAttention(nn.Module):
+    """Two linears with the sizes of a packed MLP, one input, and no MLP."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.o = nn.Linear(24, 48), nn.Linear(24, 24)
+
+    def forward(self, t):
+        q, kv = self.qkv(t).view(*t.shape[:-1], 12, 4).split((6, 6), -2)
+        return self.o(F.scaled_dot_product_attention(q, kv, kv).flatten(-2))
+
+
+def test_an_attention_with_one_input_is_no_mlp():
+    assert not [r for r in apply_liger_kernel(nn.Sequential(PlainAttention())).rows if r.kind == "mlp"]
+
+
+class RopeInAHelper(nn.Module):
+    def _rotate(self, q, k, cos, sin):
+        return rotate_of_this_test(q, k, cos, sin)
+
+    def forward(self, q, k, cos, sin):
+        return self._rotate(q, k, cos, sin)
+
+
+def rotate_of_this_test(q, k, cos, sin, unsqueeze_dim=1):
+    def one(x):
+        a, b = x.chunk(2, -1)
+        return x * cos.unsqueeze(unsqueeze_dim) + torch.cat((-b, a), -1) * sin.unsqueeze(unsqueeze_dim)
+
+    return one(q), one(k)
+
+
+def test_a_rotation_of_any_name_is_found_where_the_model_calls_it():
+    original, model = rotate_of_this_test, RopeInAHelper()
+    row = next(r for r in apply_liger_kernel(model).rows if r.kind == "rope")
+    assert row.module.endswith(".rotate_of_this_test") and row.kernel == "rope half"
+    assert rotate_of_this_test is not original
+    inputs = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(1, 5, 8), torch.randn(1, 5, 8)
+    assert all(torch.equal(a, b) for a, b in zip(model(*inputs), original(*inputs), strict=True))
+    revert_liger_kernel(model)
+    assert rotate_of_this_test is original
+
+
+def test_a_rotation_the_other_way_is_refused(monkeypatch):
+    def backwards(q, k, cos, sin, unsqueeze_dim=1, _right=rotate_of_this_test):
+        return _right(q, k, cos, -sin, unsqueeze_dim)
+
+    def backwards_of_the_same_signature(q, k, cos, sin, unsqueeze_dim=1):
+        return backwards(q, k, cos, sin, unsqueeze_dim)
+
+    monkeypatch.setitem(globals(), "rotate_of_this_test", backwards_of_the_same_signature)
+    row = next(r for r in apply_liger_kernel(RopeInAHelper()).rows if r.kind == "rope")
+    assert "fits no known rotation" in row.reason
+    assert rotate_of_this_test is backwards_of_the_same_signature
+
+
 def test_global_random_state_is_untouched():
     model = nn.Sequential(tiny_model("llama"), InventedMLP(dropout=0.5), InventedNorm(33))
     probe._verified.clear()
@@ -423,13 +489,19 @@ def test_a_hundred_layers_cost_no_more_verification_than_one(monkeypatch):
     assert twins_for(1) == twins_for(100) > 0
 
 
+def test_modules_of_equal_settings_are_verified_once():
+    probe._verified.clear()
+    apply_liger_kernel(nn.Sequential(*(nn.LayerNorm(8) for _ in range(4)), nn.LayerNorm(8, eps=1e-3)))
+    assert len(probe._verified[nn.LayerNorm]) == 2
+
+
 class Scaled(InventedNorm):
     def __init__(self, width, scale):
         super().__init__(width)
-        self.scale = scale
+        self._scale = scale
 
     def forward(self, value):
-        return self.scale * super().forward(value)
+        return self._scale * super().forward(value)
 
 
 def test_one_class_is_verified_per_setting():

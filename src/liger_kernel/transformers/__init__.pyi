@@ -15,7 +15,7 @@ from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instan
 from liger_kernel.transformers.patch import apply_liger_kernel as apply_liger_kernel
 from liger_kernel.transformers.patch import revert_liger_kernel as revert_liger_kernel
 from liger_kernel.transformers.relu_squared import LigerReLUSquared as LigerReLUSquared
-from liger_kernel.transformers.report import Report as Report
+from liger_kernel.transformers.report import Report
 from liger_kernel.transformers.rms_norm import LigerRMSNorm as LigerRMSNorm
 from liger_kernel.transformers.rms_norm import LigerRMSNormForMuseGlimmer as LigerRMSNormForMuseGlimmer
 from liger_kernel.transformers.rms_norm import (

@@ -39,6 +39,8 @@ def text() -> str:
 
 
 def _import(module: str, name: str) -> str:
+    if name == "Report":  # used below, not offered
+        return f"from {module} import {name}"
     line = f"from {module} import {name} as {name}"
     return line if len(line) <= _WIDTH else f"from {module} import (\n    {name} as {name},\n)"
 

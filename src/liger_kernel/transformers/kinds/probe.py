@@ -66,10 +66,14 @@ def settings(module: nn.Module) -> dict[str, Any]:
 
 def _key(module: nn.Module):
     shapes = tuple((n, tuple(shape_of(p))) for n, p in module.named_parameters(recurse=False))
-    own = tuple((k, v if isinstance(v, _SCALARS) else _Same(v)) for k, v in settings(module).items() if k[0] != "_")
+    own = tuple((k, v if _is_plain(v) else _Same(v)) for k, v in settings(module).items())
     children = tuple((n, type(c), _key(c)) for n, c in module.named_children())
     code = tuple(_Same(f) for c in type(module).__mro__ if c is not nn.Module for f in vars(c).values() if callable(f))
     return shapes, own, children, code
+
+
+def _is_plain(value: Any) -> bool:
+    return all(isinstance(v, _SCALARS) for v in (value if isinstance(value, tuple) else (value,)))
 
 
 def shape_of(parameter: torch.Tensor) -> torch.Size:

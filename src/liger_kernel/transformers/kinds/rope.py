@@ -62,13 +62,21 @@ def places(model: nn.Module) -> Iterator[Place]:
     """Where the model's own code finds functions of (q, k, cos, sin), each place once."""
     seen = set()
     for cls in dict.fromkeys(type(m) for m in model.modules()):
-        code = inspect.unwrap(cls.forward)
-        for name in getattr(getattr(code, "__code__", None), "co_names", ()):
-            place = Place(code.__globals__, name)
-            function = place.scope.get(name)
-            if callable(function) and place.label not in seen and _takes_cos_and_sin(function):
-                seen.add(place.label)
-                yield place
+        for method in _methods(cls):
+            for name in method.__code__.co_names:
+                place = Place(method.__globals__, name)
+                function = place.scope.get(name)
+                if callable(function) and place.label not in seen and _takes_cos_and_sin(function):
+                    seen.add(place.label)
+                    yield place
+
+
+def _methods(cls: type) -> Iterator[Any]:
+    """A module class's own functions, without their decorators."""
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        yield from (
+            f for f in map(inspect.unwrap, filter(inspect.isfunction, vars(base).values())) if hasattr(f, "__code__")
+        )
 
 
 def _takes_cos_and_sin(function: Any) -> bool:
