@@ -126,11 +126,8 @@ def verify(module: nn.Module) -> Match | Refusal | None:
     try:
         twins = [_twin(module, linears, small, dtype, training) for dtype, training in modes]
         originals = [probe.run(t, x.to(dtype)) for t, (dtype, _) in zip(twins, modes, strict=True)]
-    except Exception as problem:  # any code of any model may run here
-        if len(linears) == 2:  # an attention's packed projections can have the sizes of a packed MLP
-            return None
-        kind = f"{type(problem).__name__}: {problem}".splitlines()[0]
-        return Refusal(NAME, f"cannot be run on one tensor ({kind})")
+    except Exception:  # an attention's projections can have an MLP's sizes; its code then wants heads, not rows
+        return None
     for form in _forms(linears):
         ours = [_formula(form, t, x.to(dtype)) for t, (dtype, _) in zip(twins, modes, strict=True)]
         found = max(probe.error(o, w) for o, w in zip(originals[:2], ours, strict=False))
