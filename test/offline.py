@@ -17,6 +17,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+import torch._dynamo
+import torch.utils._triton
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -101,11 +103,24 @@ def amd(compiled) -> tuple[int, int]:
     return int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]), int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
 
 
+def leaves_of(case) -> list:
+    return [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in case.args]
+
+
 def call_on_meta(contract, case) -> None:
-    leaves = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in case.args]
-    outputs = contract.call(*leaves, **case.kwargs)
+    outputs = contract.call(*leaves_of(case), **case.kwargs)
     grown = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o is not None and o.requires_grad]
     torch.autograd.backward(grown, [torch.empty_like(o) for o in grown])
+
+
+def trace(op: str, contract) -> None:
+    """Trace the Triton launches of the first small cases into one graph, forward and backward."""
+    torch.utils._triton.has_triton = lambda: True  # Dynamo looks for a GPU before it knows what a kernel is
+    torch._dynamo.reset()
+    compiled = torch.compile(contract.call, fullgraph=True, backend="eager")
+    for case in contract.cases(torch.float32, torch.device("meta"))[:2]:
+        compiled(*leaves_of(case), **case.kwargs)
+        print(f"{op}: traced into one graph")
 
 
 def main() -> int:
@@ -113,6 +128,7 @@ def main() -> int:
     parser.add_argument("--target", default="sm_90")
     parser.add_argument("--ops", default=",".join(EXPORTS))
     parser.add_argument("--cases", action="store_true", help="the small test cases too, not only the timed shapes")
+    parser.add_argument("--trace", action="store_true", help="trace with torch.compile in place of compiling")
     args = parser.parse_args()
     pretend(args.target)
     core.set_impl("triton")
@@ -120,6 +136,9 @@ def main() -> int:
     for op in args.ops.split(","):
         room = importlib.import_module(f"liger_kernel.ops.{op}")
         if not hasattr(room, "CONTRACT") or not core._has_triton_pair(op):
+            continue
+        if args.trace:
+            trace(op, room.CONTRACT)
             continue
         meta, cases = torch.device("meta"), {}
         if args.cases:
@@ -132,7 +151,8 @@ def main() -> int:
                 total += 1
                 print(f"{args.target} {op} {label} {launch.name}: {launch.registers} registers, "
                       f"{launch.spilled} spilled, {launch.shared} B shared, {launch.options}")  # fmt: skip
-    print(f"{total} launches compiled for {args.target}")
+    if not args.trace:
+        print(f"{total} launches compiled for {args.target}")
     return 0
 
 

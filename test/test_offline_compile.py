@@ -9,17 +9,34 @@ from pathlib import Path
 
 import pytest
 
+from liger_kernel.ops import EXPORTS, core
+
 FULL = ("sm_80", "sm_100", "gfx90a", "gfx950", "gfx1100")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def offline(*arguments):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, Path(__file__).with_name("offline.py"), *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result.stdout
+
+
+@needs_triton
 @pytest.mark.parametrize("target", ["sm_90", "gfx942", *(pytest.param(t, marks=pytest.mark.slow) for t in FULL)])
 def test_compiles_for(target):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("offline.py")
-    result = subprocess.run(
-        [sys.executable, script, "--target", target], env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    shared = [int(n) for n in re.findall(r"(\d+) B shared", result.stdout)]
+    shared = [int(n) for n in re.findall(r"(\d+) B shared", offline("--target", target))]
     assert shared and max(shared) <= (65536 if target.startswith("gfx") else 101376)
+
+
+@needs_triton
+def test_triton_launches_trace_into_one_graph():
+    """What torch.compile sees on a GPU; test_contract.py compiles the torch pairs where there is none."""
+    ops = [
+        op
+        for op in EXPORTS
+        if core._has_triton_pair(op) and hasattr(importlib.import_module(f"liger_kernel.ops.{op}"), "CONTRACT")
+    ]
+    traced = re.findall(r"^(\w+): traced into one graph$", offline("--trace"), re.MULTILINE)
+    assert set(traced) == set(ops)
