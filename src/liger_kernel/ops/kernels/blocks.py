@@ -37,17 +37,30 @@ class RowTiles:
         elements: what a tile of short rows should hold at least, so that a program has enough to load.
         """
         backend = device_of(device)
-        block = min(triton.next_power_of_2(n_cols), backend.max_block(live))
+        block = min(power_of_2_from(n_cols), backend.max_block(live))
         rows = max(1, elements // block)
         # 16 fp32 per lane: four 16-byte loads of bf16 pairs in flight
         num_warps = min(max(rows * block // (backend.warp_width * 16), 1), backend.max_warps)
-        programs = triton.cdiv(n_rows, rows)
+        programs = cdiv(n_rows, rows)
         limit = backend.max_programs
         if backend.persistent or resident:
             per_core = 1 if backend.persistent else max(1, resident // num_warps)
             limit = min(limit, backend.cores(device) * per_core)
         loop = block < n_cols
         return cls(rows, block, loop, num_warps, max(1, min(programs, limit)), bool(resident) and not loop)
+
+
+# Plain Python: Triton's own cdiv and next_power_of_2 read the environment, which torch.compile cannot trace.
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def power_of_2_from(n: int) -> int:
+    """The smallest power of two that is at least n >= 1."""
+    return 1 << (n - 1).bit_length()
 
 
 def as_rows(x: torch.Tensor) -> tuple[int, int]:
@@ -94,7 +107,7 @@ def sum_rows(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty(n_cols, dtype=dtype, device=partial.device)
     block = 64
     launch(
-        _sum_rows_kernel, triton.cdiv(n_cols, block), partial.device,
+        _sum_rows_kernel, cdiv(n_cols, block), partial.device,
         partial, out, n_partials, n_cols, BLOCK=block, ROWS=32, num_warps=4,
     )  # fmt: skip
     return out
@@ -113,7 +126,7 @@ class Flat:
         backend = device_of(device)
         block = backend.max_block(8) if backend.persistent else 2048
         if n_cols is not None:
-            block = min(block, triton.next_power_of_2(n_cols))
+            block = min(block, power_of_2_from(n_cols))
         # 16 elements per lane: two 16-byte loads of bf16 in flight per operand
         return cls(block, min(max(block // (backend.warp_width * 16), 1), backend.max_warps))
 

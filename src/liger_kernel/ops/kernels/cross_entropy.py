@@ -13,7 +13,7 @@ import triton.language as tl
 
 from liger_kernel.backends import device_of
 from liger_kernel.ops.core import Kernels
-from liger_kernel.ops.kernels.blocks import int64, launch, programs_for
+from liger_kernel.ops.kernels.blocks import cdiv, int64, launch, power_of_2_from, programs_for
 
 # Kernels: Capital = memory, lower case = registers, ALL_CAPS = compile time.
 
@@ -215,10 +215,10 @@ class Config:
         backend = device_of(device)
         vec = 16 // dtype.itemsize  # one 16-byte load per lane
         if n_classes < vec * backend.warp_width:
-            return cls(triton.cdiv(triton.next_power_of_2(n_classes), vec), vec, 1)
-        threads = min(triton.next_power_of_2(triton.cdiv(n_classes, vec * 4)), 512)
+            return cls(cdiv(power_of_2_from(n_classes), vec), vec, 1)
+        threads = min(power_of_2_from(cdiv(n_classes, vec * 4)), 512)
         num_warps = max(1, min(threads // backend.warp_width, backend.max_warps))
-        lanes = min(4 * num_warps * backend.warp_width, triton.next_power_of_2(triton.cdiv(n_classes, vec)))
+        lanes = min(4 * num_warps * backend.warp_width, power_of_2_from(cdiv(n_classes, vec)))
         return cls(lanes, vec, num_warps)
 
 
@@ -245,7 +245,7 @@ def cross_entropy_backward(dx, factor):
     """dx times the 0-d factor, in place: the kernel returns at once where that is 1."""
     if dx.numel():
         block = 4096
-        n_tiles = triton.cdiv(dx.numel(), block)
+        n_tiles = cdiv(dx.numel(), block)
         programs = min(programs_for(n_tiles, dx.device), 8 * device_of(dx.device).cores(dx.device))
         launch(
             _scale_kernel, programs, dx.device, dx, factor, n_tiles, dx.numel(), BLOCK=block, num_warps=8,

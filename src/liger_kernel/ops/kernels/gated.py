@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from liger_kernel.ops.kernels.blocks import Flat, in_units, int64, launch, programs_for, rounded
+from liger_kernel.ops.kernels.blocks import Flat, cdiv, in_units, int64, launch, programs_for, rounded
 
 # Kernels: every activation here is x * p(x), so its derivative is p + x * p'.
 
@@ -86,7 +86,7 @@ def _run(kernel, tensors, rows, n_cols, width, act, gate, down, device, config):
     if not rows * n_cols:
         return
     config = config or Flat.choose(device, None if rows == 1 else n_cols)
-    per_row = triton.cdiv(n_cols, config.block)
+    per_row = cdiv(n_cols, config.block)
     units, unit = in_units(n_cols)
     launch(
         kernel, programs_for(rows * per_row, device), device,

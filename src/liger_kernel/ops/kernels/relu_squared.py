@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from liger_kernel.ops.core import Kernels
-from liger_kernel.ops.kernels.blocks import Flat, in_units, int64, launch, programs_for
+from liger_kernel.ops.kernels.blocks import Flat, cdiv, in_units, int64, launch, programs_for
 
 
 @triton.jit(do_not_specialize=["n_tiles", "n_units"])
@@ -39,7 +39,7 @@ def _backward_kernel(dY, X, dX, n_tiles, n_units, UNIT: tl.constexpr, BLOCK: tl.
 def _run(kernel, tensors, out, config):
     if out.numel():
         config = config or Flat.choose(out.device)
-        tiles = triton.cdiv(out.numel(), config.block)
+        tiles = cdiv(out.numel(), config.block)
         units, unit = in_units(out.numel())
         launch(
             kernel, programs_for(tiles, out.device), out.device,

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from liger_kernel.backends import device_of
 from liger_kernel.ops.core import Kernels
-from liger_kernel.ops.kernels.blocks import in_units, int64, launch, programs_for, rounded
+from liger_kernel.ops.kernels.blocks import cdiv, in_units, int64, launch, power_of_2_from, programs_for, rounded
 from liger_kernel.ops.rope import STYLES
 
 # Kernels: a program takes `ROWS` tokens with all heads of q and k, so cos and sin are read once.
@@ -137,7 +137,7 @@ class Tokens:
     def choose(cls, heads: int, half: int, device: torch.device, elements: int = 2048) -> Tokens:
         """half: elements of a rotated half, a power of two. elements: what a tile of one half should hold."""
         backend = device_of(device)
-        at_once = min(triton.next_power_of_2(heads), max(1, elements // half))
+        at_once = min(power_of_2_from(heads), max(1, elements // half))
         tokens = max(1, elements // 2 // (at_once * half))
         # 16 fp32 per lane of each half: two 16-byte loads of bf16 in flight
         num_warps = min(max(tokens * at_once * half // (backend.warp_width * 16), 1), backend.max_warps)
@@ -162,9 +162,9 @@ def _run(q, k, cos, sin, heads_at, rotary, style, q_dtype, k_dtype, backward, co
     q_heads, k_heads = q.shape[heads_at], k.shape[heads_at]
     if not batch * seq * max(q_heads, k_heads):
         return y, z
-    half = triton.next_power_of_2(rotary // 2)
+    half = power_of_2_from(rotary // 2)
     config = config or Tokens.choose(max(q_heads, k_heads), half, q.device)
-    tiles = triton.cdiv(batch * seq, config.tokens)
+    tiles = cdiv(batch * seq, config.tokens)
     strides = [s for x in (q, k, y, z) for s in _strides(x, heads_at)]
     unit = 8 if all(in_units(s, 8)[1] == 8 for s in strides) else 1
     work = [_TRITON.get(torch.promote_types(x.dtype, cos.dtype), tl.float32) for x in (q, k)]
@@ -174,8 +174,8 @@ def _run(q, k, cos, sin, heads_at, rotary, style, q_dtype, k_dtype, backward, co
         UNIT=unit, HQ=q_heads, HK=k_heads, D=dim, R=rotary, W=cos.shape[-1], BATCHED=cos.shape[0] > 1,
         BACKWARD=backward, X_PAIRS=after if backward else before, Y_PAIRS=before if backward else after, C_PAIRS=table,
         Q_WORK=work[0], K_WORK=work[1], ROWS=config.tokens, Q_HEADS=config.heads,
-        K_HEADS=min(config.heads, triton.next_power_of_2(max(k_heads, 1))), HALF=half,
-        REST=min(triton.next_power_of_2(max(dim - rotary, 1)), half), num_warps=config.num_warps,
+        K_HEADS=min(config.heads, power_of_2_from(max(k_heads, 1))), HALF=half,
+        REST=min(power_of_2_from(max(dim - rotary, 1)), half), num_warps=config.num_warps,
     )  # fmt: skip
     return y, z
 
