@@ -1,6 +1,5 @@
 """Every way to cut rows into tiles gives the same result: what a sweep of launch numbers relies on."""
 
-import dataclasses
 
 import pytest
 import torch
@@ -64,8 +63,8 @@ def test_result_does_not_depend_on_the_tiling(op, tiles, device, poisoned_memory
 
 def test_tiles_chosen_for_a_persistent_kernel_fill_the_cores_once(device):
     whole = RowTiles.choose(10**6, 4096, device, live=4)
-    resident = RowTiles.choose(10**6, 4096, device, live=4, resident=16)
+    walking = RowTiles.choose(10**6, 4096, device, live=4, walks=True)
     assert whole.programs * whole.rows >= 10**6 and not whole.prefetch
-    assert resident.programs < whole.programs and resident.prefetch
-    assert dataclasses.replace(resident, programs=whole.programs, prefetch=False) == whole
-    assert not RowTiles.choose(10**6, 10**6, device, live=4, resident=16).prefetch, "a column loop prefetches no row"
+    assert walking.programs < whole.programs and walking.prefetch
+    assert walking.rows * walking.block == whole.rows * whole.block
+    assert not RowTiles.choose(10**6, 10**6, device, live=4, walks=True).prefetch, "a column loop prefetches no row"

@@ -157,8 +157,6 @@ def _backward_kernel(
 
 # Launchers
 
-RESIDENT = 16  # warps: at the backward's 128 registers a lane they fill a core's 65536
-
 
 def layer_norm_forward(x, w, b, eps, tiles=None):
     """x: (..., N) contiguous -> y like x; mean and rstd (R,) in fp32."""
@@ -182,7 +180,7 @@ def layer_norm_backward(dy, x, w, b, mean, rstd, needs_dw, needs_db, tiles=None)
     wanted = [p if needed else None for p, needed in ((w, needs_dw), (b, needs_db))]
     if not x.numel():
         return dx, *[None if p is None else torch.zeros_like(p) for p in wanted]
-    tiles = tiles or RowTiles.choose(rows, cols, x.device, live=4, resident=RESIDENT)
+    tiles = tiles or RowTiles.choose(rows, cols, x.device, live=4, walks=True)
     make = torch.zeros if tiles.loop else torch.empty
     partial = [None if p is None else make(tiles.programs, cols, dtype=torch.float32, device=x.device) for p in wanted]
     launch(

@@ -182,8 +182,6 @@ def _backward_kernel(
 
 # Launchers
 
-RESIDENT = 16  # warps: at the backward's 128 registers a lane they fill a core's 65536
-
 
 def rms_norm_forward(x, w, eps, offset, casting_mode, out_dtype, residual=None, tiles=None):
     """x: (..., N) contiguous -> y like x in out_dtype, rstd (R,) in fp32; with a residual also s = x + residual."""
@@ -208,7 +206,7 @@ def rms_norm_backward(dy, x, w, rstd, offset, casting_mode, in_place, needs_dw, 
     needs_dw = needs_dw and w is not None
     if not x.numel():
         return dx, torch.zeros_like(w) if needs_dw else None
-    tiles = tiles or RowTiles.choose(rows, cols, x.device, live=4, resident=RESIDENT)
+    tiles = tiles or RowTiles.choose(rows, cols, x.device, live=4, walks=True)
     partial = None
     if needs_dw:
         make = torch.zeros if tiles.loop else torch.empty
