@@ -1,0 +1,368 @@
+"""What is special about the fused head; that it equals its reference is in test_contract.py."""
+
+import dataclasses
+import itertools
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from liger_kernel.ops import fused_linear_cross_entropy as room
+from liger_kernel.ops import head
+from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, functional
+from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
+
+VALUES = dict(
+    bias=(False, True), ce_weight=(False, True), lse_square_scale=(0.0, 1e-2), label_smoothing=(0.0, 0.1),
+    reduction=("mean", "sum", "none"), softcap=(None, 4.0), use_token_scaling=(False, True), logit_scale=(1.0, 0.3),
+    temperature=(1.0, 0.6), token_weight=(False, True), normalizer=(None, 7, "tensor"), ignore_index=(-100, 2),
+    return_token_accuracy=(False, True), workspace_bytes=(1, 3000, None), accum_dtype=(None, torch.float32),
+)  # fmt: skip
+
+
+def pairwise(values):
+    """Rows in which every pair of values of two options occurs at least once, where that is allowed at all."""
+
+    def pairs(row):
+        return set(itertools.combinations(sorted(row.items(), key=lambda kv: kv[0]), 2))
+
+    def allowed(row):
+        return not (row["reduction"] == "none" and row["normalizer"] is not None)
+
+    choose, names = random.Random(0), list(values)
+    grid = [{n: choose.choice(values[n]) for n in names} for _ in range(3000)]
+    grid = [row for row in grid if allowed(row)]
+    missing = set().union(*map(pairs, grid))
+    rows = []
+    while missing:
+        rows.append(max(grid[:600] if len(missing) > 40 else grid, key=lambda row: len(missing & pairs(row))))
+        missing -= pairs(rows[-1])
+    return rows
+
+
+def problem(rows=9, width=8, classes=21, dtype=torch.float32, device="cpu", bias=False):
+    x = torch.randn(rows, width, dtype=dtype, device=device, requires_grad=True)
+    weight = torch.randn(classes, width, dtype=dtype, device=device, requires_grad=True)
+    target = torch.randint(0, classes, (rows,), device=device)
+    target[rows // 2] = -100
+    b = torch.randn(classes, dtype=dtype, device=device, requires_grad=True) if bias else None
+    return x, weight, target, b
+
+
+@pytest.mark.parametrize("row", pairwise(VALUES), ids=lambda row: "-".join(str(v) for v in row.values()))
+def test_options_go_together(row, impl, device):
+    row = dict(row)
+    x, weight, target, b = problem(device=device, bias=row.pop("bias"))
+    if row["ignore_index"] != -100:
+        target = target.where(target != -100, row["ignore_index"])
+    ce_weight = torch.rand(21, device=device) + 0.1 if row.pop("ce_weight") else None
+    token_weight = torch.rand(9, device=device) if row.pop("token_weight") else None
+    normalizer = row.pop("normalizer")
+    ours = fused(
+        x, weight, target, b, ce_weight=ce_weight, token_weight=token_weight,
+        normalizer=torch.tensor(7, device=device) if normalizer == "tensor" else normalizer, **row,
+    )  # fmt: skip
+    if normalizer is not None:
+        row["reduction"] = "sum"
+    leaves = [None if t is None else t.detach().double().requires_grad_() for t in (x, weight, b)]
+    truth, _, accuracy, _ = room.reference(*leaves, target, token_weight, ce_weight=ce_weight, **row)
+    truth = truth / 7 if normalizer is not None else truth
+    if row["return_token_accuracy"]:
+        torch.testing.assert_close(ours.token_accuracy, accuracy)
+        ours = ours.loss
+    torch.testing.assert_close(ours.double(), truth, rtol=2e-5, atol=2e-5)  # fp32 sums of nine rows
+    upstream = torch.randn_like(truth)
+    ours.backward(upstream.to(ours))
+    truth.backward(upstream)
+    for ours_of, truth_of in zip((x, weight, b), leaves):
+        if ours_of is not None:
+            torch.testing.assert_close(ours_of.grad.double(), truth_of.grad, rtol=1e-4, atol=2e-5)
+
+
+def relative_error(got, truth):
+    return ((got.double() - truth).norm() / truth.norm()).item()
+
+
+def test_weight_gradient_is_independent_of_the_number_of_chunks(device):
+    x, weight, target, _ = problem(1024, 16, 64, torch.bfloat16, device)
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    F.cross_entropy(F.linear(*wide), target).backward()
+    truth = wide[1].grad
+    F.cross_entropy(F.linear(x, weight).float(), target).backward()
+    torchs = relative_error(weight.grad, truth)
+    errors = []
+    for chunks in (1, 2, 8, 64):
+        weight.grad = None
+        fused(x, weight, target, workspace_bytes=1024 // chunks * 64 * 2).backward()
+        errors.append(relative_error(weight.grad, truth))
+    assert max(errors) < 1.2 * min(errors), errors
+    assert max(errors) < 1.1 * torchs, (errors, torchs)
+
+
+def test_lean_mode_accumulates_in_bf16(device):
+    x, weight, target, _ = problem(512, 16, 64, torch.bfloat16, device)
+    grads = {}
+    for accum in (None, torch.bfloat16):
+        weight.grad = None
+        fused(x, weight, target, accum_dtype=accum, workspace_bytes=8 * 64 * 2).backward()
+        grads[accum] = weight.grad
+    assert not torch.equal(*grads.values())
+    torch.testing.assert_close(*grads.values(), rtol=0.1, atol=2e-4)  # 64 roundings to 8 bits
+
+
+class Largest(TorchDispatchMode):
+    def __init__(self):
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = out if isinstance(out, (tuple, list)) else [out]
+        self.numel = max([self.numel, *(t.numel() for t in tensors if isinstance(t, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_logits_never_exist_whole(reduction, device):
+    x, weight, target, _ = problem(64, 8, 512, device=device)
+    with Largest() as largest:
+        fused(x, weight, target, reduction=reduction, softcap=5.0, workspace_bytes=8 * 512 * 4).sum().backward()
+    assert largest.numel <= 8 * 512
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000, 1 << 20])
+@pytest.mark.parametrize("classes", [1, 3, 50257, 262144])
+def test_a_chunk_fits_its_budget(rows, classes, monkeypatch):
+    for dtype in (torch.float32, torch.bfloat16):
+        fits = head.chunk_rows(rows, classes, dtype, torch.device("cpu"), True, 1 << 26)
+        assert 1 <= fits <= rows and fits * head.pitch(classes) * dtype.itemsize <= 1 << 26
+    monkeypatch.setenv("LIGER_KERNEL_WORKSPACE_MB", "64")
+    assert head.chunk_rows(rows, classes, dtype, torch.device("cpu"), True) == fits
+    monkeypatch.setenv("LIGER_KERNEL_WORKSPACE_MB", "lots")
+    with pytest.raises(ValueError, match="LIGER_KERNEL_WORKSPACE_MB='lots'"):
+        head.chunk_rows(rows, classes, dtype, torch.device("cpu"), True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("trained", [(True, False), (False, True), (False, False)])
+def test_frozen_parts_cost_no_product(trained, reduction, monkeypatch, device):
+    x, weight, target, _ = problem(device=device)
+    reference = torch.autograd.grad(F.cross_entropy(F.linear(x, weight), target), (x, weight))
+    x.requires_grad_(trained[0]), weight.requires_grad_(trained[1])
+    asked = []
+    real = head.run
+
+    def spy(*args, needs=(False,) * 3, **kwargs):
+        asked.append(needs)
+        return real(*args, needs=needs, **kwargs)
+
+    found = room.kernels
+
+    def watched(op, x):
+        return dataclasses.replace(found(op, x), forward=spy) if op == room.NAME else found(op, x)
+
+    monkeypatch.setattr(room, "kernels", watched)
+    loss = fused(x, weight, target, reduction=reduction)
+    if any(trained):
+        (loss.sum() if reduction == "mean" else loss.sum() / 8).backward()
+    expected = (*trained, False)
+    nothing = (False,) * 3
+    assert asked == ([nothing, expected] if reduction == "none" and any(trained) else [expected])
+    for leaf, wanted, truth in zip((x, weight), trained, reference):
+        assert (leaf.grad is not None) == wanted
+        if wanted:
+            torch.testing.assert_close(leaf.grad, truth)
+
+
+def test_no_gradient_work_under_no_grad(monkeypatch, device):
+    x, weight, target, _ = problem(device=device)
+    monkeypatch.setattr(head, "add_product", lambda *args, **kwargs: pytest.fail("a gradient was formed"))
+    with torch.no_grad():
+        loss = fused(x, weight, target)
+        direct = room.LigerFusedLinearCrossEntropyFunction.apply(x, weight, target)[0]
+    torch.testing.assert_close(loss, F.cross_entropy(F.linear(x, weight), target).detach())
+    assert torch.equal(loss, direct)
+
+
+FLOATS = (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("x_dtype, w_dtype", list(itertools.product(FLOATS, FLOATS)))
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_mixed_dtypes(x_dtype, w_dtype, autocast, reduction, device):
+    x, weight, target, b = problem(device=device, bias=True)
+    x, weight, b = (t.detach().to(d).requires_grad_() for t, d in ((x, x_dtype), (weight, w_dtype), (b, w_dtype)))
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast is not None):
+        ours = fused(x, weight, target, b, reduction=reduction)
+        same = (lambda t: t) if autocast else (lambda t: t.to(x_dtype))  # without autocast F.linear takes no mixture
+        truth = F.cross_entropy(F.linear(x, same(weight), same(b)).float(), target, reduction=reduction)
+    assert ours.dtype == truth.dtype == torch.float32
+    torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-5)
+    grads, truths = (torch.autograd.grad(v.sum(), (x, weight, b)) for v in (ours, truth))
+    for g, t in zip(grads, truths):
+        assert g.dtype == t.dtype
+        # bf16 products: a rounding here and there where torch has one less
+        exact = autocast is None and x_dtype == w_dtype == torch.float32
+        torch.testing.assert_close(g, t, **(dict(rtol=1e-4, atol=1e-5) if exact else dict(rtol=2e-2, atol=2e-2)))
+
+
+def test_second_backward_raises():
+    x, weight, target, _ = problem()
+    loss = fused(x, weight, target)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()
+
+
+def test_unreduced_losses_may_be_differentiated_twice():
+    x, weight, target, _ = problem()
+    loss = fused(x, weight, target, reduction="none")
+    first = torch.autograd.grad(loss.sum(), (x, weight), retain_graph=True)
+    again = torch.autograd.grad(loss.sum(), (x, weight))
+    for a, b in zip(first, again):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("rows", [0, 1, 6])
+def test_no_valid_label_gives_zero_and_finite_gradients(rows, reduction, impl, device):
+    x, weight, _, b = problem(max(rows, 1), device=device, bias=True)
+    x = x.detach()[:rows].requires_grad_()
+    out = fused(
+        x, weight, torch.full((rows,), -100, device=device), b, reduction=reduction, return_token_accuracy=True,
+        normalizer=None if reduction == "none" else 0,
+    )  # fmt: skip
+    assert out.loss.sum() == 0.0 and out.token_accuracy == 0.0
+    out.loss.sum().backward()
+    for leaf in (x, weight, b):
+        assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
+def test_any_split_into_micro_batches_gives_the_same_gradients(device):
+    x, weight, target, _ = problem(12, device=device)
+    count = (target != -100).sum()
+    whole = torch.autograd.grad(fused(x, weight, target), (x, weight))
+    for parts in ((6, 6), (1, 2, 9), (4, 4, 4)):
+        losses = [
+            fused(h, weight, y, reduction="sum", normalizer=count) for h, y in zip(x.split(parts), target.split(parts))
+        ]
+        for a, b in zip(torch.autograd.grad(sum(losses), (x, weight)), whole):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_leading_dims_are_kept(device):
+    x, weight, target, _ = problem(12, device=device)
+    out = fused(x.view(3, 4, -1), weight, target.view(3, 4), reduction="none", return_predicted_tokens=True)
+    assert out.loss.shape == out.predicted_tokens.shape == (3, 4)
+    torch.testing.assert_close(out.loss.flatten(), F.cross_entropy(F.linear(x, weight), target, reduction="none"))
+    out.loss.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_replaced_helpers_are_called(monkeypatch):
+    """axolotl wraps both globals of the room."""
+    called = []
+    for name in ("fused_linear_cross_entropy_forward", "fused_linear_cross_entropy_backward"):
+        real = getattr(room, name)
+
+        def wrapped(*args, _name=name, _real=real, **kwargs):
+            called.append(_name)
+            return _real(*args, **kwargs)
+
+        monkeypatch.setattr(room, name, wrapped)
+    x, weight, target, _ = problem()
+    fused(x, weight, target).backward()
+    assert called == ["fused_linear_cross_entropy_forward", "fused_linear_cross_entropy_backward"]
+
+
+def test_replaced_functional_is_called_by_the_module(monkeypatch):
+    """axolotl replaces the attribute to force token scaling."""
+    x, weight, target, _ = problem()
+    plain = LigerFusedLinearCrossEntropyLoss()(weight, x, target)
+    scaled = LigerFusedLinearCrossEntropyLoss(use_token_scaling=True)(weight, x, target)
+    real = functional.liger_fused_linear_cross_entropy
+
+    def forced(input, weight, target, bias, ce_weight, *args, **kwargs):
+        return real(input, weight, target, bias, ce_weight, use_token_scaling=True)
+
+    monkeypatch.setattr(functional, "liger_fused_linear_cross_entropy", forced)
+    again = LigerFusedLinearCrossEntropyLoss()(weight, x, target)
+    assert torch.equal(again, scaled) and not torch.equal(again, plain)
+
+
+def test_helpers_keep_the_signatures_of_upstream():
+    x, weight, target, b = problem(bias=True)
+    *results, dx, dw, db = room.fused_linear_cross_entropy_forward(x, weight, target, None, b)
+    assert len(results) == 4
+    truth = torch.autograd.grad(F.cross_entropy(F.linear(x, weight, b), target), (x, weight, b))
+    for got, expected in zip(room.fused_linear_cross_entropy_backward(torch.tensor(2.0), dx, dw, db), truth):
+        torch.testing.assert_close(got, 2 * expected)
+    frozen = room.fused_linear_cross_entropy_forward(x, weight, target, weight_requires_grad=False)
+    assert frozen[4] is not None and frozen[5] is None and frozen[6] is None
+    assert room.fused_linear_cross_entropy_forward(x, weight, target, compute_gradients=False)[4] is None
+
+
+def traced_arguments(reduction, dtype=torch.float32):
+    x, weight, target, b = problem(dtype=dtype, bias=True)
+    return (x, weight, target, b, None, torch.rand(9), torch.tensor(5.0) if reduction != "none" else None, -100,
+            [1e-3, 0.1, 0.5, 2.0], reduction, 4.0, None, True, [True, True, False], [True, True, True], dtype,
+            500)  # fmt: skip
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_custom_op_passes_opcheck(reduction):
+    from liger_kernel.ops.head_compile import forward_op
+
+    torch.library.opcheck(forward_op, traced_arguments(reduction))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_without_a_graph_break_and_once_for_all_lengths(reduction):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(fused, backend=counter, fullgraph=True, dynamic=True)
+    counts = []
+    for rows in (9, 14, 33):
+        x, weight, target, b = problem(rows, bias=True)
+        options = dict(reduction=reduction, softcap=4.0, workspace_bytes=500)
+        ours, truth = step(x, weight, target, b, **options), fused(x, weight, target, b, **options)
+        torch.testing.assert_close(ours, truth)
+        for a, b in zip(*(torch.autograd.grad(v.sum(), (x, weight, b)) for v in (ours, truth))):
+            torch.testing.assert_close(a, b)
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[-1]
+
+
+def bad_calls():
+    x, w, y, _ = problem()
+    yield "hidden has H = 8 and needs a weight", (x, w[:, :7], y), {}
+    yield r"target of shape \(8,\), expected \(9,\)", (x, w, y[:8]), {}
+    yield "target must be int64 or int32", (x, w, y.float()), {}
+    yield "hidden is on cpu and the weight on meta", (x, w.to("meta"), y), {}
+    yield "the input is on cpu and the target on meta", (x, w, y.to("meta")), {}
+    yield r"bias of shape \(20,\), expected \(21,\)", (x, w, y, torch.zeros(20)), {}
+    yield r"class weight of shape \(21,\)", (x, w, y), dict(ce_weight=torch.ones(3))
+    yield "reduction must be one of", (x, w, y), dict(reduction="avg")
+    yield r"label_smoothing must be in \[0, 1\]", (x, w, y), dict(label_smoothing=-0.1)
+    yield "softcap must be positive", (x, w, y), dict(softcap=-1.0)
+    yield "temperature must be positive", (x, w, y), dict(temperature=0.0)
+    yield "normalizer goes with", (x, w, y), dict(reduction="none", normalizer=3)
+    yield r"token_weight of shape \(3,\)", (x, w, y), dict(token_weight=torch.ones(3))
+    yield "accum_dtype must be a float dtype", (x, w, y), dict(accum_dtype=torch.int32)
+    yield "workspace_bytes must be positive", (x, w, y), dict(workspace_bytes=0)
+    yield r"target\[0\] is 21", (x, w, torch.full((9,), 21)), {}
+
+
+@pytest.mark.parametrize("message, args, options", bad_calls(), ids=lambda v: v if isinstance(v, str) else "")
+def test_bad_input_is_named(message, args, options):
+    with pytest.raises(ValueError, match=message):
+        fused(*args, **options)
+
+
+@pytest.mark.parametrize("option", [dict(reduction="avg"), dict(label_smoothing=2.0), dict(softcap=0.0)])
+def test_bad_option_is_named_at_construction(option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        LigerFusedLinearCrossEntropyLoss(**option)
