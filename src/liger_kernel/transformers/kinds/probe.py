@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -106,7 +107,9 @@ def probing():
         torch.no_grad(),
         torch.random.fork_rng(devices=[]),
         torch.autocast("cpu", enabled=False),
+        warnings.catch_warnings(),
     ):
+        warnings.simplefilter("ignore")  # of odd dtypes and shapes: ours, not the user's
         yield
 
 
