@@ -19,12 +19,11 @@ ROOT = Path(__file__).parent.parent
 
 # Makes packages look as if they were not installed.
 WITHOUT = """
-import importlib.abc, importlib.machinery, sys
-class Missing(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {names!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Missing())
+import importlib.machinery as machinery
+find = machinery.PathFinder.find_spec
+def missing(name, path=None, target=None):
+    return None if name.split(".")[0] in {names!r} else find(name, path, target)
+machinery.PathFinder.find_spec = staticmethod(missing)
 """
 
 
