@@ -187,7 +187,8 @@ def liger_cross_entropy(
         if lse_square_scale or softcap is not None or any(asked):
             raise ValueError("cross_entropy: probabilities as target go with none of z-loss, softcap and return_*")
         mode = torch.nn._reduction.get_enum(reduction)
-        return torch._C._nn.cross_entropy_loss(input, target, weight, mode, ignore_index, label_smoothing)
+        loss = torch._C._nn.cross_entropy_loss  # not F.cross_entropy, which may be this very function
+        return loss(input, target, weight, mode, ignore_index, label_smoothing)  # type: ignore[arg-type]
     shape = target.shape
     if input.dim() == 1:
         input, target = input[None], target.reshape(-1)

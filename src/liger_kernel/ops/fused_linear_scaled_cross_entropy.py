@@ -145,8 +145,8 @@ def liger_fused_linear_logprobs(
         flat, weight, target, bias, loss, fields, workspace_bytes
     )
     hit = None if predicted is None else (predicted == target) & (target != ignore_index)
-    outputs = (log_prob, lse, entropy, predicted, hit)
-    return LinearLogprobs(*(None if o is None else o.view(shape) for o in outputs))
+    optional = (None if o is None else o.view(shape) for o in (entropy, predicted, hit))
+    return LinearLogprobs(log_prob.view(shape), lse.view(shape), *optional)
 
 
 # Contract

@@ -23,7 +23,7 @@ from liger_kernel.ops.row_loss import Given, RowLoss, Stats, autocast_dtype, emp
 MIB = 1 << 20
 WORKSPACE_ENV = "LIGER_KERNEL_WORKSPACE_MB"
 # (bytes, rows) at most of a default chunk. H100, bf16: cuBLAS gains nothing from more rows.
-CHUNK = {"cpu": (64 * MIB, 1 << 20), "gradients": (512 * MIB, 3584), "forward": (256 * MIB, 3584)}
+CHUNK = {"cpu": (32 * MIB, 1 << 20), "gradients": (512 * MIB, 3584), "forward": (256 * MIB, 3584)}
 SLAB = 32 * MIB  # temporaries of a product that is widened by hand
 
 

@@ -66,7 +66,8 @@ class Stats:
     predicted: torch.Tensor | None = None  # int64
 
     def rows(self, i: int, j: int) -> Stats:
-        return Stats(*(None if v is None else v[i:j] for v in (getattr(self, f) for f in FIELDS)))
+        cut = {f: v[i:j] for f in FIELDS if (v := getattr(self, f)) is not None}
+        return dataclasses.replace(self, **cut)
 
 
 FIELDS = ("loss", "z_loss", "lse", "entropy", "predicted")
