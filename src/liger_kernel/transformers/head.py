@@ -21,6 +21,16 @@ from torch import nn
 from torch.nn import functional as torch_functional
 
 from liger_kernel.transformers import functional
+from liger_kernel.transformers.head_weight import (
+    extended_inputs,
+    is_foldable,
+    is_lora,
+    is_peft,
+    linear_of,
+    weight_and_bias,
+    why_not_linear,
+    why_not_lora,
+)
 from liger_kernel.transformers.lazy_logits import LazyLogits, scale_options
 from liger_kernel.transformers.model import loss_utils
 from liger_kernel.transformers.model.output_classes import with_results
@@ -136,11 +146,11 @@ def _forward_for(inner: Callable, signature: inspect.Signature) -> Any:
 def _head_forward(self, hidden, *args, reduce=None, **kwargs):
     gate = getattr(self, _GATE)
     if reduce is not None:
-        return reduce(hidden, *_weight_and_bias(self))
+        return reduce(hidden, *weight_and_bias(self))
     window = gate.window
-    if window is None or not window.defer or args or kwargs or not _is_foldable(self):
+    if window is None or not window.defer or args or kwargs or not is_foldable(self):
         return _own_forward(self)(hidden, *args, **kwargs)
-    return LazyLogits(_lora_inputs(self, hidden), self, _base(self).weight.shape[0], window)
+    return LazyLogits(extended_inputs(self, hidden), self, linear_of(self).weight.shape[0], window)
 
 
 _head_forward.__name__ = "forward"  # pickle stores a bound method by name; the class's forward is the one to find
@@ -356,31 +366,21 @@ def find_head(model: nn.Module) -> tuple[nn.Module, str]:
     if head is None:
         raise HeadLeftAlone("it has no output embeddings")
     pattern = "linear"
-    if _is_peft(head, "ModulesToSaveWrapper"):
+    if is_peft(head, "ModulesToSaveWrapper"):
         active = head.active_adapters
         unwrapped = head.disable_adapters or not active or active[0] not in head.modules_to_save
         head, pattern = (head.original_module if unwrapped else head.modules_to_save[active[0]]), "modules_to_save"
-    if _is_lora(head):
-        pattern, reason = "lora", _why_not_lora(head)
+    if is_lora(head):
+        pattern, reason = "lora", why_not_lora(head)
     else:
-        reason = _why_not_linear(head)
+        reason = why_not_linear(head)
     bound = head.__dict__.get(_forward_slot(head))
     # the class's own forward is bound in a pickled head and under accelerate's hook
     own = bound is None or _is_ours(bound) or getattr(bound, "__func__", None) is type(head).forward
     reason = reason or _why_not_hooks(head) or (None if own else "someone else has replaced the head's forward")
     if reason is not None:
         raise HeadLeftAlone(reason)
-    return head, pattern if _base(head).bias is None else f"{pattern} with bias"
-
-
-def _why_not_linear(head) -> str | None:
-    kind = type(head)
-    sharded = kind.__name__ == f"FSDP{nn.Linear.__name__}" and nn.Linear in kind.__bases__  # FSDP2's class of a Linear
-    if kind is not nn.Linear and not sharded:
-        return f"its head is a {kind.__module__}.{kind.__name__}, not a torch.nn.Linear"
-    if not head.weight.is_floating_point():
-        return f"its head holds {head.weight.dtype} weights"
-    return None
+    return head, pattern if linear_of(head).bias is None else f"{pattern} with bias"
 
 
 def _why_not_hooks(head) -> str | None:
@@ -394,65 +394,6 @@ def _is_plumbing(hook) -> bool:
     while isinstance(hook, functools.partial):
         hook = hook.func
     return (getattr(hook, "__module__", None) or "").startswith(("torch.distributed.", "deepspeed."))
-
-
-def _is_peft(module, name: str) -> bool:
-    return type(module).__name__ == name and type(module).__module__.startswith("peft.")
-
-
-def _is_lora(module) -> bool:
-    return type(module).__name__ == "Linear" and type(module).__module__ == "peft.tuners.lora.layer"
-
-
-def _why_not_lora(head) -> str | None:
-    if head.fan_in_fan_out or any(name in getattr(head, "lora_variant", {}) for name in head.active_adapters):
-        return "its head's adapter is a LoRA variant that does not fold into a weight"
-    if any(getattr(head, "use_dora", {}).get(name) for name in head.active_adapters):
-        return "its head's adapter is DoRA, which does not fold into a weight"
-    return _why_not_linear(head.base_layer)
-
-
-def _base(head) -> Any:
-    return head.base_layer if _is_lora(head) else head
-
-
-def _is_foldable(head) -> bool:
-    """Whether the head's call is hidden @ weight^T + bias with plain tensors at this moment."""
-    if _is_lora(head) and head.disable_adapters and head.merged:
-        return False  # PEFT unmerges in this call
-    weight = _base(head).weight
-    return type(weight) in (nn.Parameter, torch.Tensor) and weight.dim() == 2  # a DTensor's result would be sharded
-
-
-def _lora_terms(head) -> list:
-    """(A, B, dropout, scaling) of each adapter that takes part in the head's call."""
-    if not _is_lora(head) or head.disable_adapters or head.merged:
-        return []
-    names = [name for name in head.active_adapters if name in head.lora_A]
-    return [(head.lora_A[n], head.lora_B[n], head.lora_dropout[n], head.scaling[n]) for n in names]
-
-
-def _lora_inputs(head, hidden):
-    """[x, s A(x)]: against [W, B] it gives x W^T + s A(x) B^T, so gradients reach A and B with no weight of their sum.
-
-    A(x) is computed once, here: its dropout must not be drawn again when the loss or the logits are computed.
-    """
-    terms = _lora_terms(head)
-    if not terms:
-        return hidden
-    parts = [(a(dropout(hidden.to(a.weight.dtype))) * scaling).to(hidden.dtype) for a, _, dropout, scaling in terms]
-    return torch.cat([hidden, *parts], dim=-1)
-
-
-def _weight_and_bias(head):
-    base, terms = _base(head), _lora_terms(head)
-    weight, bias = base.weight, base.bias
-    if terms:
-        weight = torch.cat([weight, *(b.weight.to(weight.dtype) for _, b, _, _ in terms)], dim=1)
-    for _, b, _, scaling in terms:
-        if b.bias is not None:
-            bias = b.bias * scaling if bias is None else bias + b.bias * scaling
-    return weight, bias
 
 
 # Small things
