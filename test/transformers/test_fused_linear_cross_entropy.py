@@ -366,3 +366,18 @@ def test_bad_input_is_named(message, args, options):
 def test_bad_option_is_named_at_construction(option):
     with pytest.raises(ValueError, match=next(iter(option))):
         LigerFusedLinearCrossEntropyLoss(**option)
+
+
+@pytest.mark.parametrize("n_rows, width", [(1, 1), (5, 3), (400, 331), (1025, 129)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weight_sum_is_narrowed_in_its_own_memory(n_rows, width, dtype, device):
+    parts = [(torch.randn(n_rows, 7, device=device), torch.randn(7, width, device=device)) for _ in range(3)]
+    total = head.WeightSum(n_rows, width, torch.float32, dtype, device)
+    for a, b in parts:
+        total.add(a, b)
+    memory = total.parts[0].untyped_storage().data_ptr()
+    found = total.finish()
+    expected = sum(torch.addmm(torch.zeros(n_rows, width, device=device), a, b) for a, b in parts)
+    assert found.is_contiguous() and found.untyped_storage().data_ptr() == memory
+    # one rounding of the same fp32 sum, whose own rounding may tip a tie: a unit in the last place of each dtype
+    torch.testing.assert_close(found, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-5)

@@ -11,7 +11,8 @@ EXPORTS: dict[str, tuple[str, ...]] = {
         "fused_add_rms_norm_forward",
     ),
     "fused_linear_cross_entropy": (
-        "LigerFusedLinearCrossEntropyFunction", "fused_linear_cross_entropy_backward",
+        "LigerFusedLinearCrossEntropyFunction",
+        "fused_linear_cross_entropy_backward",
         "fused_linear_cross_entropy_forward",
     ),
     "fused_linear_scaled_cross_entropy": ("LigerFusedLinearScaledCrossEntropyFunction",),

@@ -186,9 +186,14 @@ def _has_triton_pair(op: str) -> bool:
     return importlib.util.find_spec(f"liger_kernel.ops.kernels.{op}") is not None
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype the mathematics is done in: fp32, or fp64 for fp64."""
+    return dtype if dtype is torch.float64 else torch.float32
+
+
 def upcast(x: torch.Tensor) -> torch.Tensor:
-    """x in the dtype the mathematics is done in: fp32, or fp64 where x is."""
-    return x if x.dtype is torch.float64 else x.float()
+    """x in the dtype the mathematics is done in."""
+    return x.to(wide(x.dtype))
 
 
 def debug_enabled() -> bool:

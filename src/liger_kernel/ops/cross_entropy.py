@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from liger_kernel.ops.compat import cross_entropy_backward, cross_entropy_forward
-from liger_kernel.ops.core import Case, Contract, kernels, upcast
+from liger_kernel.ops.core import Case, Contract, kernels, upcast, wide
 from liger_kernel.ops.row_loss import (
     REDUCTIONS,
     TORCH,
@@ -123,7 +123,7 @@ class LigerCrossEntropyFunction(GradAware):
         if ctx.needs_input_grad[0] and not early:
             ctx.save_for_backward(x, target, weight)
             ctx.loss, ctx.reduction = loss, reduction
-        dtype = upcast(x).dtype if autocast_dtype(x.device) else x.dtype
+        dtype = wide(x.dtype) if autocast_dtype(x.device) else x.dtype
         results = finish(
             stats, target, ignore_index, reduction, dtype, return_z_loss, return_token_accuracy, return_predicted_tokens
         )

@@ -6,7 +6,7 @@
 Shapes    hidden: (T, H); weight: (V, H); bias: (V,); the chunk: (rows, V) in the dtype of the product.
 Numerics  products in the dtype torch would give them (autocast's, else hidden's); dW is summed in fp32 whatever the
           number of chunks, or in accum_dtype; one chunk needs no sum. Same bits each time.
-Memory    one chunk, dh, dW, and with several chunks dW once more in fp32.
+Memory    one chunk, dh, dW; with several chunks dW in fp32 until the last, then its 16 bits in half of that memory.
 Flops     2 T H V for the statistics, 6 T H V with both gradients.
 """
 
@@ -17,7 +17,7 @@ import os
 
 import torch
 
-from liger_kernel.ops.core import kernels, upcast
+from liger_kernel.ops.core import kernels, wide
 from liger_kernel.ops.row_loss import Given, RowLoss, Stats, autocast_dtype, empty_stats
 
 MIB = 1 << 20
@@ -49,15 +49,14 @@ def run(
     b = None if bias is None else bias.to(dtype)
     (n_rows, width), n_classes = h_all.shape, w.shape[0]
     device = hidden.device
-    stats = empty_stats(n_rows, device, upcast(h_all).dtype, fields)
+    stats = empty_stats(n_rows, device, wide(dtype), fields)
     rows = chunk_rows(n_rows, n_classes, dtype, device, any(needs), workspace_bytes)
     n_chunks = -(-n_rows // rows)
     d_hidden = torch.empty_like(h_all) if needs[0] else None
     d_weight = d_bias = None
     if needs[1]:
-        sum_dtype = torch.promote_types(weight.dtype if n_chunks <= 1 else accum_dtype or upcast(w).dtype, dtype)
-        make = torch.empty if n_chunks else torch.zeros
-        d_weight = make(n_classes, width, dtype=sum_dtype, device=device)
+        sum_dtype = torch.promote_types(weight.dtype if n_chunks <= 1 else accum_dtype or wide(dtype), dtype)
+        d_weight = WeightSum(n_classes, width, sum_dtype, weight.dtype, device)
     if needs[2]:
         d_bias = torch.zeros(n_classes, dtype=stats.loss.dtype, device=device)
     pair = kernels("cross_entropy", h_all)
@@ -70,14 +69,14 @@ def run(
         if d_hidden is not None:
             torch.mm(logits, w, out=d_hidden[i:j])
         if d_weight is not None:
-            add_product(d_weight, logits.t(), h, first=i == 0)
+            d_weight.add(logits.t(), h)
         if d_bias is not None:
             d_bias += logits.sum(0, dtype=d_bias.dtype)
     del chunk
     return (
         stats,
         None if d_hidden is None else d_hidden.to(hidden.dtype),
-        None if d_weight is None else d_weight.to(weight.dtype),
+        None if d_weight is None else d_weight.finish(),
         None if d_bias is None or bias is None else d_bias.to(bias.dtype),
     )
 
@@ -132,6 +131,48 @@ def project(h, w, b, out) -> None:
         torch.mm(h, w.t(), out=out)
     else:
         torch.addmm(b, h, w.t(), out=out)
+
+
+class WeightSum:
+    """A sum of products (V, H), kept in sum_dtype, that ends in dtype without both existing at once.
+
+    Each of two allocations holds half of the rows. Where dtype is half as wide, the first becomes the memory of the
+    whole result: it is narrowed in place, and the second follows into the room that leaves.
+    """
+
+    def __init__(self, n_rows: int, width: int, sum_dtype: torch.dtype, dtype: torch.dtype, device: torch.device):
+        self.shape, self.dtype, self.empty = (n_rows, width), dtype, True
+        self.halves = sum_dtype.itemsize == 2 * dtype.itemsize
+        cut = -(-n_rows // 2) if self.halves else n_rows
+        sizes = (cut, n_rows - cut) if self.halves else (cut,)
+        self.parts = [torch.empty(size, width, dtype=sum_dtype, device=device) for size in sizes]
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Add a b, for a of shape (V, rows) and b (rows, H)."""
+        start = 0
+        for part in self.parts:
+            add_product(part, a[start : start + part.shape[0]], b, first=self.empty)
+            start += part.shape[0]
+        self.empty = False
+
+    def finish(self) -> torch.Tensor:
+        """The sum in dtype. Nothing may be added afterwards."""
+        if self.empty:
+            return torch.zeros(self.shape, dtype=self.dtype, device=self.parts[0].device)
+        if not self.halves:
+            return self.parts[0].to(self.dtype)
+        top, bottom = (part.view(-1) for part in self.parts)
+        self.parts.clear()
+        narrow, size = top.view(self.dtype), top.numel()
+        done = min(size, 1 << 16)
+        narrow[:done] = top[:done].to(self.dtype)  # by way of a copy: these bytes overlap
+        while done < size:  # each step writes where the steps before it have read
+            more = min(done, size - done)
+            narrow[done : done + more].copy_(top[done : done + more])
+            done += more
+        narrow[size : size + bottom.numel()].copy_(bottom)
+        whole = torch.empty(0, dtype=self.dtype, device=top.device)
+        return whole.set_(top.untyped_storage(), 0, self.shape)
 
 
 def add_product(total, a, b, first: bool) -> None:

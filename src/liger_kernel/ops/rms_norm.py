@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 from liger_kernel.ops.compat import rms_norm_backward, rms_norm_forward  # noqa: F401  upstream's helper signatures
-from liger_kernel.ops.core import Case, Contract, Kernels, kernels, upcast
+from liger_kernel.ops.core import Case, Contract, Kernels, kernels, upcast, wide
 
 CASTING = {"none": -1, "llama": 0, "gemma": 1}
 
@@ -49,7 +49,7 @@ def _forward(x, w, eps, offset, casting_mode, out_dtype):
     if w is not None:
         scale = upcast(w) if casting_mode == "gemma" else w
         y = y * (scale + offset if offset else scale)
-    if work.dtype != upcast(rstd).dtype:  # a rounded rstd is fit for y, not for the backward
+    if work.dtype != wide(rstd.dtype):  # a rounded rstd is fit for y, not for the backward
         rstd = upcast(x).pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
     return y.to(out_dtype), rstd.flatten()
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from liger_kernel.ops.core import Kernels, debug_enabled, kernels, upcast
+from liger_kernel.ops.core import Kernels, debug_enabled, kernels, upcast, wide
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -234,7 +234,7 @@ def wanted(z_loss: bool, accuracy: bool, predicted: bool) -> tuple[str, ...]:
 
 def compute(x, given: Given, loss: RowLoss, fields, dx=None) -> Stats:
     """The Stats of the rows of x, and their gradient into dx (which may be x)."""
-    stats = empty_stats(x.shape[0], x.device, upcast(x).dtype, fields)
+    stats = empty_stats(x.shape[0], x.device, wide(x.dtype), fields)
     if x.numel():
         kernels("cross_entropy", x).forward(x, given, loss, stats, dx)
     return stats
@@ -245,7 +245,7 @@ def prepare(target, loss: RowLoss, like, weight=None, reduction="mean", factor=N
 
     normalizer, a number or a 0-d tensor, divides the sum in place of the count of tokens (or of their weights).
     """
-    dtype, norm = upcast(like).dtype, None
+    dtype, norm = wide(like.dtype), None
     weight = None if weight is None else weight.to(dtype).contiguous()
     if normalizer is not None:
         if not isinstance(normalizer, torch.Tensor):
