@@ -1,6 +1,5 @@
 """Every way to cut rows into tiles gives the same result: what a sweep of launch numbers relies on."""
 
-
 import pytest
 import torch
 

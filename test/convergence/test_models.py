@@ -46,3 +46,26 @@ def test_training_is_the_same_patched_and_unpatched(model_type, device):
     torch.testing.assert_close(losses, wanted, rtol=1e-4, atol=0)
     for (name, p), q in zip(unpatched.named_parameters(), patched.parameters(), strict=True):
         torch.testing.assert_close(q, p, rtol=1e-3, atol=1e-3 * p.abs().max().item(), msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model_type", MODELS)
+def test_bf16_training_is_as_close_as_other_kernels_are(model_type, device):
+    """Two unpatched runs whose attention kernels differ drift apart by rounding; a patched run drifts no further.
+
+    Twice their largest distance: each run is one draw of the same noise, and the distance of two draws from a third
+    is seldom equal.
+    """
+    first = tiny_model(model_type, attn_implementation="eager").to(device, torch.bfloat16)
+    other = tiny_model(model_type, attn_implementation="sdpa").to(device, torch.bfloat16)
+    other.load_state_dict(first.state_dict())
+    patched = copy.deepcopy(first)
+    wanted, drifted = train(first, device), train(other, device)
+    spread = (drifted - wanted).abs().max()
+    try:
+        assert not apply_liger_kernel(patched).left
+        losses = train(patched, device)
+    finally:
+        revert_liger_kernel(patched)
+    assert wanted[-1] < wanted[0] - 0.1, "nothing was learned, so nothing is compared"
+    assert (losses - wanted).abs().max() <= 2 * spread

@@ -172,7 +172,7 @@ class WeightSum:
             done += more
         narrow[size : size + bottom.numel()].copy_(bottom)
         whole = torch.empty(0, dtype=self.dtype, device=top.device)
-        return whole.set_(top.untyped_storage(), 0, self.shape)
+        return whole.set_(top.untyped_storage(), 0, self.shape)  # type: ignore[call-overload]
 
 
 def add_product(total, a, b, first: bool) -> None:

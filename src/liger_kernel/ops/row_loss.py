@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from liger_kernel.backends import while_tracing
 from liger_kernel.ops.core import Kernels, debug_enabled, kernels, upcast, wide
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -218,9 +219,15 @@ def is_early(reduction: str, dtype: torch.dtype) -> bool:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast gives to matrix products on this device, None where it is off."""
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+    if not _autocasts(device.type) or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
+
+
+@while_tracing
+def _autocasts(device_type: str) -> bool:
+    """Whether autocast knows this kind of device; for others its state cannot be asked for."""
+    return torch.amp.is_autocast_available(device_type)
 
 
 def rows_of(x):

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as torch_functional
 
+from liger_kernel.backends import while_tracing
 from liger_kernel.transformers import functional
 from liger_kernel.transformers.head_weight import (
     extended_inputs,
@@ -416,13 +417,11 @@ def _class_forward(kind: type) -> Callable:
     raise HeadLeftAlone(f"{kind.__name__}.forward has been replaced; bind the fused forward to an instance instead")
 
 
+@while_tracing
 def _is_causal_loss(function: Any) -> bool:
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     return function is ForCausalLMLoss
-
-
-_is_causal_loss._dynamo_marked_constant = True  # type: ignore[attr-defined]  # imports while tracing
 
 
 def _with_real_logits(output):

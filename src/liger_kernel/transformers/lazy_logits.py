@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch.nn import functional as torch_functional
 
+_STATE = ("hidden", "head", "window", "dtype", "device", "_vocab_size", "_steps", "_vocab", "_autocast", "_grad",
+          "_settled", "_made_at")  # fmt: skip
+
 
 class LazyLogits:
     """Logits of `head` on `hidden` (..., H), shaped (..., V), with the elementwise steps taken since.
@@ -42,8 +45,9 @@ class LazyLogits:
 
     def _like(self, **changes) -> LazyLogits:
         new = object.__new__(LazyLogits)
-        new.__dict__.update(self.__dict__)
-        new.__dict__.update(_value=None, **changes)
+        for name in _STATE:  # one by one: Dynamo does not trace an update of __dict__ in every torch
+            setattr(new, name, changes.get(name, getattr(self, name)))
+        new._value = None
         return new
 
     def _step(self, name: str, value: Any, **changes) -> LazyLogits:

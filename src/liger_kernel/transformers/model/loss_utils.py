@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from liger_kernel.backends import while_tracing
 from liger_kernel.transformers import functional
 
 
@@ -103,6 +104,7 @@ def LigerForCausalLMLoss(
 _known: dict[Any, tuple[str, ...]] = {}
 
 
+@while_tracing
 def _loss_options(function) -> tuple[str, ...]:
     """Keywords that the fused op takes; those of our own op where a wrapper only says (*args, **kwargs)."""
     if function not in _known:
@@ -115,6 +117,3 @@ def _loss_options(function) -> tuple[str, ...]:
         own_names = {"input", "weight", "target", "reduction", "softcap"}
         _known[function] = tuple(name for name in parameters if name not in own_names)
     return _known[function]
-
-
-_loss_options._dynamo_marked_constant = True  # type: ignore[attr-defined]  # read while tracing, never traced
