@@ -71,17 +71,17 @@ def fails(capsys, *argv):
 
 def test_compare_trains_the_same_model_twice(model, story, tmp_path, capfd):
     folder = tmp_path / "new"
-    argv = ["compare", "--model", model, "--data", story, "--batch", 2, "--seq", 64, "--steps", 4, "--output", folder]
+    argv = ["compare", "--model", model, "--data", story, "--batch", 2, "--seq", 64, "--steps", 12, "--output", folder]
     assert main([*map(str, argv), "--device", "cpu"]) == 0
     said = capfd.readouterr().out
     for words in ("tokens per second", "peak memory", "memory of the loss head", "final loss", "largest loss diff"):
         assert words in said
     figures = json.loads((folder / "liger-compare.json").read_text())
     plain, patched = figures["plain"], figures["patched"]
-    assert len(plain["losses"]) == len(patched["losses"]) == 4
-    # Equal mathematics in fp32, another order of additions, four small optimiser steps.
+    assert len(plain["losses"]) == len(patched["losses"]) == 12
+    # Equal mathematics in fp32, another order of additions, twelve small optimiser steps.
     assert max(abs(a - b) for a, b in zip(plain["losses"], patched["losses"])) < 1e-4
-    assert plain["losses"][-1] < plain["losses"][0]
+    assert sum(plain["losses"][-4:]) < sum(plain["losses"][:4]), "nothing was learned, so nothing was compared"
     assert (plain["modules"], patched["modules"] > 0) == (0, True)
     assert sorted(p.name for p in folder.iterdir()) == ["liger-compare.json", "liger-compare.png"]
     assert (folder / "liger-compare.png").read_bytes().startswith(b"\x89PNG")

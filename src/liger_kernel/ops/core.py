@@ -201,6 +201,18 @@ def debug_enabled() -> bool:
     return os.environ.get("LIGER_KERNEL_DEBUG", "") not in ("", "0")
 
 
+def outputs(y):
+    """What a Function's forward returns, a tensor or a tuple with Nones, as torch.compile can differentiate it.
+
+    Dynamo of torch 2.11 drops the gradient of an output that was itself written in place; a view of it is none.
+    """
+    if not torch.compiler.is_compiling():
+        return y
+    if isinstance(y, torch.Tensor):
+        return y.view_as(y)
+    return tuple([part if part is None else part.view_as(part) for part in y])
+
+
 # Public: which implementation runs
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from liger_kernel.ops.compat import cross_entropy_backward, cross_entropy_forward
-from liger_kernel.ops.core import Case, Contract, kernels, upcast, wide
+from liger_kernel.ops.core import Case, Contract, kernels, outputs, upcast, wide
 from liger_kernel.ops.row_loss import (
     REDUCTIONS,
     TORCH,
@@ -127,8 +127,9 @@ class LigerCrossEntropyFunction(GradAware):
         results = finish(
             stats, target, ignore_index, reduction, dtype, return_z_loss, return_token_accuracy, return_predicted_tokens
         )
-        ctx.mark_non_differentiable(*(r for r in results[1:] if r is not None))
-        return results
+        if beside := [r for r in results[1:] if r is not None]:  # Dynamo of torch 2.11 takes () to mean every output
+            ctx.mark_non_differentiable(*beside)
+        return outputs(results)
 
     @staticmethod
     def backward(ctx, d_loss, *_):

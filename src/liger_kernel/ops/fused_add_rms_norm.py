@@ -20,7 +20,7 @@ from liger_kernel.ops.compat import (  # noqa: F401  upstream's helper signature
     fused_add_rms_norm_backward,
     fused_add_rms_norm_forward,
 )
-from liger_kernel.ops.core import Case, Contract, Kernels, kernels
+from liger_kernel.ops.core import Case, Contract, Kernels, kernels, outputs
 
 # Reference
 
@@ -63,7 +63,7 @@ class LigerFusedAddRMSNormFunction(torch.autograd.Function):
         y, s, rstd = kernels("fused_add_rms_norm", X).forward(X, R, W, eps, offset, casting_mode)
         ctx.save_for_backward(s, W, rstd)
         ctx.options = offset, casting_mode, in_place
-        return y, s
+        return outputs((y, s))
 
     @staticmethod
     def backward(ctx, dY, dS):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from liger_kernel.ops import fused_linear_cross_entropy, head
-from liger_kernel.ops.core import Case, Contract, kernels
+from liger_kernel.ops.core import Case, Contract, kernels, outputs
 from liger_kernel.ops.row_loss import GradAware, RowLoss, check_target, logits_of, prepare
 
 NAME = "fused_linear_scaled_cross_entropy"
@@ -68,10 +68,11 @@ class LigerFusedLinearLogprobsFunction(GradAware):
         )
         ctx.save_for_backward(hidden, weight, target, bias)
         ctx.options = loss, dtype, workspace_bytes
-        ctx.set_materialize_grads(False)
+        if not torch.compiler.is_compiling():  # Dynamo expects a tensor for every output
+            ctx.set_materialize_grads(False)
         if stats.predicted is not None:
             ctx.mark_non_differentiable(stats.predicted)
-        return stats.loss.neg_(), stats.lse, stats.entropy, stats.predicted
+        return outputs((stats.loss.neg_(), stats.lse, stats.entropy, stats.predicted))
 
     @staticmethod
     def backward(ctx, d_log_prob, d_lse, d_entropy, _):

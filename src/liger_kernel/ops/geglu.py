@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from liger_kernel.ops.compat import geglu_backward, geglu_forward  # noqa: F401  upstream's helper signatures
-from liger_kernel.ops.core import Case, Contract, Kernels, kernels
+from liger_kernel.ops.core import Case, Contract, Kernels, kernels, outputs
 from liger_kernel.ops.swiglu import check as check_gated
 
 APPROXIMATIONS = ("tanh", "none")
@@ -59,7 +59,7 @@ class LigerGELUMulFunction(torch.autograd.Function):
         a, b = a.contiguous(), b.contiguous()
         ctx.save_for_backward(a, b)
         ctx.approximate = approximate
-        return kernels("geglu", a).forward(a, b, approximate)
+        return outputs(kernels("geglu", a).forward(a, b, approximate))
 
     @staticmethod
     def backward(ctx, dc):

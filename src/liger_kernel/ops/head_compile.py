@@ -35,7 +35,7 @@ def traced(
         reduction, softcap, accum_dtype, use_token_scaling, asked, needs, dtype, options.workspace_bytes,
     )[:4]  # fmt: skip
     if reduction == "none":
-        loss, rest[0] = loss.view(shape), rest[0].view(shape) if return_z_loss else None
+        loss, rest = loss.view(shape), [rest[0].view(shape) if return_z_loss else None, *rest[1:]]
     z_loss, accuracy, predicted = (r.detach() if wanted else None for r, wanted in zip(rest, asked))
     return loss, z_loss, accuracy, None if predicted is None else predicted.view(shape)
 

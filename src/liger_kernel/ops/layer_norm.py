@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from liger_kernel.ops.compat import layer_norm_backward, layer_norm_forward  # noqa: F401  upstream's signatures
-from liger_kernel.ops.core import Case, Contract, Kernels, kernels, upcast
+from liger_kernel.ops.core import Case, Contract, Kernels, kernels, outputs, upcast
 
 # Reference
 
@@ -73,7 +73,7 @@ class LigerLayerNormFunction(torch.autograd.Function):
         y, mean, rstd = kernels("layer_norm", X, impl).forward(X, W, B, eps)
         ctx.save_for_backward(X, W, B, mean, rstd)
         ctx.impl = impl
-        return y
+        return outputs(y)
 
     @staticmethod
     def backward(ctx, dY):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from liger_kernel.ops.compat import relu_squared_backward, relu_squared_forward  # noqa: F401  upstream's signatures
-from liger_kernel.ops.core import Case, Contract, Kernels, kernels
+from liger_kernel.ops.core import Case, Contract, Kernels, kernels, outputs
 
 # Reference
 
@@ -50,7 +50,7 @@ class LigerReLUSquaredFunction(torch.autograd.Function):
             raise ValueError(f"relu_squared: x must have a float dtype, got {X.dtype}")
         X = X.contiguous()
         ctx.save_for_backward(X)
-        return kernels("relu_squared", X).forward(X)
+        return outputs(kernels("relu_squared", X).forward(X))
 
     @staticmethod
     def backward(ctx, dY):

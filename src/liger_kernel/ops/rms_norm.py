@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 from liger_kernel.ops.compat import rms_norm_backward, rms_norm_forward  # noqa: F401  upstream's helper signatures
-from liger_kernel.ops.core import Case, Contract, Kernels, kernels, upcast, wide
+from liger_kernel.ops.core import Case, Contract, Kernels, kernels, outputs, upcast, wide
 
 CASTING = {"none": -1, "llama": 0, "gemma": 1}
 
@@ -90,7 +90,7 @@ class LigerRMSNormFunction(torch.autograd.Function):
         y, rstd = kernels("rms_norm", X).forward(X, W, eps, offset, casting_mode, out_dtype or X.dtype)
         ctx.save_for_backward(X, W, rstd)
         ctx.options = offset, casting_mode, in_place
-        return y
+        return outputs(y)
 
     @staticmethod
     def backward(ctx, dY):

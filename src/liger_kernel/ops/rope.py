@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 
 from liger_kernel.ops.compat import rope_backward, rope_forward  # noqa: F401  upstream's helper signatures
-from liger_kernel.ops.core import Case, Contract, Kernels, kernels
+from liger_kernel.ops.core import Case, Contract, Kernels, kernels, outputs
 
 # style -> whether x1, x2 alternate in x, in y, in cos and sin
 STYLES = {"half": (False, False, False), "interleaved": (True, True, True), "deinterleaved": (True, False, False)}
@@ -108,7 +108,7 @@ class LigerRopeFunction(torch.autograd.Function):
         q, k, cos, sin, options = prepare(q, k, cos, sin, position_ids, unsqueeze_dim, rotary_dim, keep_dtype, style)
         ctx.save_for_backward(cos, sin)
         ctx.options = options[:3]
-        return kernels("rope", q).forward(q, k, cos, sin, *options)
+        return outputs(kernels("rope", q).forward(q, k, cos, sin, *options))
 
     @staticmethod
     def backward(ctx, dq, dk):

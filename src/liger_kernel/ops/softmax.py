@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from liger_kernel.ops.core import Case, Contract, Kernels, kernels, upcast
+from liger_kernel.ops.core import Case, Contract, Kernels, kernels, outputs, upcast
 
 # Reference
 
@@ -51,7 +51,7 @@ class LigerSoftmaxFunction(torch.autograd.Function):
         x = input_.contiguous()
         y = kernels("softmax", x).forward(x)
         ctx.save_for_backward(y)
-        return y
+        return outputs(y)
 
     @staticmethod
     def backward(ctx, dY):

@@ -22,7 +22,7 @@ from liger_kernel.ops.compat import (  # noqa: F401  upstream's helper signature
     swiglu_fused_gate_up_backward,
     swiglu_fused_gate_up_forward,
 )
-from liger_kernel.ops.core import Case, Contract, Kernels, kernels
+from liger_kernel.ops.core import Case, Contract, Kernels, kernels, outputs
 
 # Reference
 
@@ -79,7 +79,7 @@ class LigerSiLUMulFunction(torch.autograd.Function):
         a, b = a.contiguous(), b.contiguous()
         ctx.save_for_backward(a, b)
         ctx.options = gate_multiplier, down_multiplier
-        return kernels("swiglu", a).forward(a, b, *ctx.options)
+        return outputs(kernels("swiglu", a).forward(a, b, *ctx.options))
 
     @staticmethod
     def backward(ctx, dc):
@@ -99,7 +99,7 @@ class LigerFusedGateUpSiLUMulFunction(torch.autograd.Function):
         y = y.contiguous()
         ctx.save_for_backward(y)
         ctx.in_place = in_place
-        return kernels("swiglu", y).forward(y, None, 1.0, 1.0)
+        return outputs(kernels("swiglu", y).forward(y, None, 1.0, 1.0))
 
     @staticmethod
     def backward(ctx, dc):
