@@ -127,9 +127,10 @@ class LigerCrossEntropyFunction(GradAware):
         results = finish(
             stats, target, ignore_index, reduction, dtype, return_z_loss, return_token_accuracy, return_predicted_tokens
         )
+        results = (outputs(results[0]), *results[1:])
         if beside := [r for r in results[1:] if r is not None]:  # Dynamo of torch 2.11 takes () to mean every output
             ctx.mark_non_differentiable(*beside)
-        return outputs(results)
+        return results
 
     @staticmethod
     def backward(ctx, d_loss, *_):
