@@ -1,12 +1,59 @@
 """Helpers that tests share."""
 
+import copy
+
 import torch
+
+# Its Triton backward does not trace yet: Dynamo is asked for strides of gradients that it does not know while tracing.
+UNTRACED = {"fused_linear_scaled_cross_entropy"}
+
+# Allowed on top of torch's own rounding error, relative to the largest value of the truth: a few units in the last
+# place, because both round the same mathematics but not in the same order.
+SLACK = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float64: 1e-13}
 
 
 def dtypes(impl: str, device: torch.device) -> list[torch.dtype]:
     """What an implementation computes in: Triton's interpreter has no bf16 arithmetic."""
     interpreted = impl == "triton" and device.type == "cpu"
     return [torch.float32, torch.float16] if interpreted else [torch.float32, torch.float16, torch.bfloat16]
+
+
+def assert_as_good_as_torch(ours, torchs, truths, dtype, what):
+    for i, (o, r, t) in enumerate(zip(ours, torchs, truths, strict=True)):
+        if t is None:
+            assert o is None or not o.any(), f"{what} {i}: a gradient where the reference has none"
+            continue
+        assert o.shape == t.shape, f"{what} {i}: shape {tuple(o.shape)}, expected {tuple(t.shape)}"
+        if not t.is_floating_point():
+            assert torch.equal(o, r), f"{what} {i}: differs"
+            continue
+        if not t.numel():
+            continue
+        assert not o.isnan().any(), f"{what} {i}: NaN, or an element was never written"
+        error, own = (o.double() - t).abs().max(), (r.double() - t).abs().max()
+        allowed = own + SLACK[dtype] * t.abs().max().clamp(min=1)
+        assert error <= allowed, f"{what} {i}: error {error:.2e}, torch's own plus slack {allowed:.2e}"
+
+
+def outcome(module: torch.nn.Module, x: torch.Tensor, upstream: torch.Tensor) -> list:
+    """The output of a module, and the gradients of its input and of its parameters."""
+    x = x.clone().requires_grad_()
+    y = module(x)
+    y.backward(upstream.to(y))
+    return [y.detach(), x.grad, *(p.grad for p in module.parameters())]
+
+
+def assert_same_module(ours: torch.nn.Module, theirs: torch.nn.Module, x: torch.Tensor) -> None:
+    """With the same weights the same output and gradients: on a CPU bit for bit, elsewhere as close to fp64."""
+    ours.load_state_dict(theirs.state_dict())
+    upstream = torch.randn_like(x)
+    truth = outcome(copy.deepcopy(theirs).double(), x.double(), upstream)
+    found, wanted = outcome(ours, x, upstream), outcome(theirs, x, upstream)
+    if x.device.type != "cpu":
+        assert_as_good_as_torch(found, wanted, truth, x.dtype, type(ours).__name__)
+        return
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
 
 
 def tiny_model(model_type: str, layers: int = 2, **config) -> torch.nn.Module:

@@ -10,13 +10,9 @@ import torch
 
 from liger_kernel.ops import EXPORTS, core
 
-from support import dtypes
+from support import UNTRACED, assert_as_good_as_torch, dtypes
 
 OPS = [op for op in EXPORTS if hasattr(importlib.import_module(f"liger_kernel.ops.{op}"), "CONTRACT")]
-
-# Allowed on top of torch's own rounding error, relative to the largest value of the truth: a few units in the last
-# place, because both round the same mathematics but not in the same order.
-SLACK = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float64: 1e-13}
 
 
 def contract_of(op):
@@ -41,23 +37,6 @@ def run(fn, case, upstream=None, dtype=None):
         upstream = [torch.randn(o.shape, dtype=torch.float64, device="cpu") for o in grown]
     torch.autograd.backward(grown, [g.to(o) for g, o in zip(upstream, grown, strict=True)])
     return outputs, [a.grad for a in leaves if differentiable(a)], upstream
-
-
-def assert_as_good_as_torch(ours, torchs, truths, dtype, what):
-    for i, (o, r, t) in enumerate(zip(ours, torchs, truths, strict=True)):
-        if t is None:
-            assert o is None or not o.any(), f"{what} {i}: a gradient where the reference has none"
-            continue
-        assert o.shape == t.shape, f"{what} {i}: shape {tuple(o.shape)}, expected {tuple(t.shape)}"
-        if not t.is_floating_point():
-            assert torch.equal(o, r), f"{what} {i}: differs"
-            continue
-        if not t.numel():
-            continue
-        assert not o.isnan().any(), f"{what} {i}: NaN, or an element was never written"
-        error, own = (o.double() - t).abs().max(), (r.double() - t).abs().max()
-        allowed = own + SLACK[dtype] * t.abs().max().clamp(min=1)
-        assert error <= allowed, f"{what} {i}: error {error:.2e}, torch's own plus slack {allowed:.2e}"
 
 
 def check(op, case, dtype):
@@ -140,6 +119,8 @@ def test_same_inputs_same_bits(op, impl, device):
 
 @pytest.mark.parametrize("op", OPS)
 def test_compiles_into_one_graph(op, device):
+    if op in UNTRACED and device.type != "cpu":
+        pytest.xfail("its Triton backward does not trace yet")
     contract = contract_of(op)
     torch._dynamo.reset()
     core.set_impl(None)  # nothing resolved yet: dispatch must trace from cold

@@ -10,7 +10,7 @@ from liger_kernel.ops.geglu import LigerGELUMulFunction, geglu_backward, geglu_f
 from liger_kernel.transformers.functional import liger_geglu
 from liger_kernel.transformers.geglu import LigerGEGLUMLP, LigerGEGLUMLPForGemma4
 
-from support import dtypes
+from support import assert_same_module, dtypes
 
 
 def config(**changes):
@@ -90,17 +90,7 @@ def test_mlp_is_gemmas(dtype, act, device):
     from transformers.models.gemma.modeling_gemma import GemmaMLP
 
     ours, theirs = (cls(config(hidden_act=act)).to(device, dtype) for cls in (LigerGEGLUMLP, GemmaMLP))
-    ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(2, 5, 24, dtype=dtype, device=device)
-    a, b = (x.clone().requires_grad_() for _ in range(2))
-    ya, yb = ours(a), theirs(b)
-    dy = torch.randn_like(ya)
-    ya.backward(dy)
-    yb.backward(dy)
-    exact = dict(rtol=0, atol=0) if device.type == "cpu" else {}  # a GPU's gradients are fp32 inside, torch's are not
-    torch.testing.assert_close(ya, yb, **exact)
-    torch.testing.assert_close(a.grad, b.grad, **exact)
-    torch.testing.assert_close(ours.gate_proj.weight.grad, theirs.gate_proj.weight.grad, **exact)
+    assert_same_module(ours, theirs, torch.randn(2, 5, 24, dtype=dtype, device=device))
 
 
 def test_hidden_activation_goes_before_hidden_act():

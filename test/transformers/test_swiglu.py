@@ -24,7 +24,7 @@ from liger_kernel.transformers.swiglu import (
     LigerSwiGLUMLP,
 )
 
-from support import dtypes
+from support import assert_same_module, dtypes
 
 CONFIG = dict(hidden_size=24, intermediate_size=40, hidden_act="silu", mlp_bias=False)
 
@@ -33,21 +33,9 @@ def config(**changes):
     return SimpleNamespace(**{**CONFIG, **changes})
 
 
-def assert_same_module(ours, theirs, dtype, device):
-    """Same parameter names, and with the same weights the same output and gradients, bit for bit on a CPU."""
-    ours, theirs = ours.to(device, dtype), theirs.to(device, dtype)
-    ours.load_state_dict(theirs.state_dict())
+def assert_same(ours, theirs, dtype, device):
     x = torch.randn(2, 5, CONFIG["hidden_size"], dtype=dtype, device=device)
-    a, b = (x.clone().requires_grad_() for _ in range(2))
-    ya, yb = ours(a), theirs(b)
-    upstream = torch.randn_like(ya)
-    ya.backward(upstream)
-    yb.backward(upstream)
-    exact = dict(rtol=0, atol=0) if device.type == "cpu" else {}  # a GPU's gradients are fp32 inside, torch's are not
-    torch.testing.assert_close(ya, yb, **exact)
-    torch.testing.assert_close(a.grad, b.grad, **exact)
-    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, **exact, msg=name)
+    assert_same_module(ours.to(device, dtype), theirs.to(device, dtype), x)
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 64), (9, 7, 41), (1, 1), (3, 2101)])
@@ -146,27 +134,27 @@ def test_packed_needs_an_even_width():
 def test_mlp_is_llamas(dtype, bias, device):
     from transformers.models.llama.modeling_llama import LlamaMLP
 
-    assert_same_module(LigerSwiGLUMLP(config(mlp_bias=bias)), LlamaMLP(config(mlp_bias=bias)), dtype, device)
+    assert_same(LigerSwiGLUMLP(config(mlp_bias=bias)), LlamaMLP(config(mlp_bias=bias)), dtype, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mlp_is_phi3s(dtype, device):
     from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
-    assert_same_module(LigerPhi3SwiGLUMLP(config()), Phi3MLP(config()), dtype, device)
+    assert_same(LigerPhi3SwiGLUMLP(config()), Phi3MLP(config()), dtype, device)
 
 
 def test_mlp_is_falcon_h1s(device):
     from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1MLP
 
     c = config(mlp_multipliers=[0.3, 1.9], mlp_bias=True)
-    assert_same_module(LigerFalconH1SwiGLUMLP(c), FalconH1MLP(c), torch.float32, device)
+    assert_same(LigerFalconH1SwiGLUMLP(c), FalconH1MLP(c), torch.float32, device)
 
 
 def test_mlp_is_qwen3_moes(device):
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP
 
-    assert_same_module(LigerQwen3MoeSwiGLUMLP(config(), 16), Qwen3MoeMLP(config(), 16), torch.float32, device)
+    assert_same(LigerQwen3MoeSwiGLUMLP(config(), 16), Qwen3MoeMLP(config(), 16), torch.float32, device)
 
 
 def test_mlp_is_hunyuans(device):
@@ -174,7 +162,7 @@ def test_mlp_is_hunyuans(device):
 
     ours, theirs = LigerHunyuanV1SwiGLUMLP(config(), 3, True), HunYuanDenseV1MLP(config(), 3, True)
     assert ours.layer_idx == 3
-    assert_same_module(ours, theirs, torch.float32, device)
+    assert_same(ours, theirs, torch.float32, device)
 
 
 def test_block_sparse_mlp_is_w2_of_silu_w1_times_w3(device):
