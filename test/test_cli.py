@@ -52,7 +52,7 @@ def model(tmp_path_factory, bare_model, story):
 def result(**changes):
     given = dict(
         losses=[3.0, 2.5, 2.0, 1.5], seconds=[9.0, 1.0, 1.0, 1.0], peak=2_000_000_000, head=800_000_000,
-        memory="allocated", parameters=10, modules=0,
+        memory="allocated", parameters=10, modules=5,
     )  # fmt: skip
     return train.Result(**(given | changes))
 
@@ -85,6 +85,28 @@ def test_compare_trains_the_same_model_twice(model, story, tmp_path, capfd):
     assert (plain["modules"], patched["modules"] > 0) == (0, True)
     assert sorted(p.name for p in folder.iterdir()) == ["liger-compare.json", "liger-compare.png"]
     assert (folder / "liger-compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_compare_claims_no_gain_where_nothing_was_patched(model, story, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("LIGER_KERNEL_DISABLE", "1")
+    monkeypatch.setattr(compare, "run_worker", lambda job, scratch, advance: train.train(job))
+    argv = ["compare", "--model", model, "--data", story, "--batch", 1, "--seq", 8, "--steps", 1, "--device", "cpu"]
+    assert main([*map(str, argv), "--output", str(tmp_path / "new")]) == 2
+    said = capfd.readouterr().out
+    assert "Nothing was patched" in said and "LIGER_KERNEL_DISABLE is set" in said
+    assert "times the speed" not in said and "same speed" not in said
+    assert not (tmp_path / "new").exists()
+
+
+def test_every_module_refused_says_why():
+    refused = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    modules, why = train._patch(refused)
+    assert modules == 0 and "head: its forward takes no labels" in why
+    unpatched = result(modules=0, left=why, peak=1)
+    for plain in (result(), None):
+        said = report.sentence(plain, unpatched, 100, "cpu")
+        assert "Nothing was patched" in said and why in said and "memory" not in said
+        assert not any("%" in cell for cell in report.table(plain, unpatched, 100).columns[3].cells)
 
 
 LIMITED = """
@@ -240,6 +262,12 @@ def test_unusable_device(capsys, story, model):
     assert "device 'moon' cannot be used" in said
 
 
+def test_device_without_values(capsys, story, model):
+    """A tensor can be made on "meta"; nothing can be trained there."""
+    said = fails(capsys, "compare", "--model", model, "--data", story, "--device", "meta")
+    assert "device 'meta' cannot be used" in said
+
+
 def test_output_that_is_a_file(capsys, story, model):
     said = fails(capsys, "compare", "--model", model, "--data", story, "--output", story / "deeper")
     assert "cannot write into" in said
@@ -293,9 +321,25 @@ def test_standard_library_is_real_text_in_one_order():
 
 
 def test_demo_takes_a_larger_model_where_there_is_more_memory():
-    sizes = [next(s[1:] for s in demo.SIZES if gb >= s[0]) for gb in (80, 16, 8)]
-    hidden = [size["hidden_size"] for size, *_ in sizes]
-    assert hidden == sorted(set(hidden), reverse=True)
+    hidden = [demo.size_for(gb)[0]["hidden_size"] for gb in (80, 40, 39.9, 12, 11.9, 0)]
+    assert hidden == [2048, 2048, 1024, 1024, 256, 256]
+
+
+def test_demo_trains_on_the_standard_library(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(demo, "SIZES", ((0, dict(num_hidden_layers=1, hidden_size=64), 2, 32),))
+    monkeypatch.setattr(demo, "VOCABULARY", VOCABULARY)
+    every = text.standard_library()
+    monkeypatch.setattr(text, "standard_library", lambda: every[:20])  # enough for two steps
+    assert main(["demo", "--device", "cpu", "--steps", "2", "--output", str(tmp_path / "new")]) == 0
+    assert "A Llama with random weights" in capfd.readouterr().out
+    figures = json.loads((tmp_path / "new" / "liger-demo.json").read_text())
+    assert figures["job"]["tokens"] == 2 * 32 * 2 and figures["job"]["model"]["vocab_size"] == VOCABULARY
+    plain, patched = figures["plain"], figures["patched"]
+    assert len(plain["losses"]) == len(patched["losses"]) == 2
+    # Equal mathematics in fp32, another order of additions, two optimiser steps.
+    assert max(abs(a - b) for a, b in zip(plain["losses"], patched["losses"])) < 1e-4
+    assert patched["modules"] >= 4  # three norms and the head at least
+    assert (tmp_path / "new" / "liger-demo.png").read_bytes().startswith(b"\x89PNG")
 
 
 # Measures

@@ -56,7 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
 def compare(job: Job, tokens: torch.Tensor, title: str, target: Path) -> int:
     """Run `job` unpatched and patched, print the table and the sentence, save TARGET.png and TARGET.json.
 
-    Returns the exit code: 0, or 2 where both runs were out of memory. Raises UserError for a run that failed.
+    Returns the exit code: 0, or 2 without files where nothing could be compared: both runs were out of memory, or
+    nothing was patched. Raises UserError for a run that failed.
     """
     results = []
     with tempfile.TemporaryDirectory(prefix="liger-kernel-") as scratch, progress() as bars:
@@ -70,7 +71,7 @@ def compare(job: Job, tokens: torch.Tensor, title: str, target: Path) -> int:
     print(f"{report.heading(job, title, plain or patched)}\n")
     Console().print(report.table(plain, patched, job.batch * job.seq))
     print(f"\n{report.sentence(plain, patched, job.batch * job.seq, job.device)}")
-    if plain is None and patched is None:
+    if (plain is None and patched is None) or report.nothing_patched(patched) is not None:
         return 2
     target.parent.mkdir(parents=True, exist_ok=True)
     figures = {"job": asdict(job) | {"tokens": len(tokens)}, "plain": plain, "patched": patched}
@@ -116,7 +117,9 @@ def device_of(name: str | None) -> torch.device:
     if name is None:
         return torch.device(backends.current().device_type)
     try:
-        return torch.empty(1, device=name).device
+        one = torch.ones(1, device=name)
+        one.item()  # "meta" has shapes and no values, so nothing could be trained there
+        return one.device
     except Exception as error:  # torch raises AssertionError, RuntimeError or ImportError, by device
         raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
 

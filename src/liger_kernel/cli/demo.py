@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = compare.writable(arguments.output)
     on_cpu = device.type == "cpu"
     memory = 0 if on_cpu else get_total_gpu_memory()
-    size, batch, seq = next(size[1:] for size in SIZES if memory >= size[0])
+    size, batch, seq = size_for(memory)
     job = Job(
         model=_llama(**size),
         tokens="",
@@ -43,6 +43,11 @@ def run(arguments: argparse.Namespace) -> int:
     needed = job.batch * job.seq * job.steps
     found = text.tokens(texts, lambda t: tokenizer.encode(t).ids, needed, "the standard library")
     return compare.compare(job, torch.tensor(found), "A Llama with random weights", folder / "liger-demo")
+
+
+def size_for(memory: float) -> tuple[dict, int, int]:
+    """Layers and hidden size, sequences per step and tokens per sequence for that many GB of device memory."""
+    return next((size, batch, seq) for least, size, batch, seq in SIZES if memory >= least)
 
 
 def _llama(num_hidden_layers: int, hidden_size: int) -> dict:

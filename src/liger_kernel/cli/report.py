@@ -38,6 +38,7 @@ def loss_difference(a: Result, b: Result) -> float:
 
 def table(plain: Result | None, patched: Result | None, tokens: int) -> Table:
     some = plain or patched
+    compared = nothing_patched(patched) is None
     memory = some.memory if some else "allocated"
     made = Table(box=box.SIMPLE_HEAD)
     made.add_column("")
@@ -51,7 +52,7 @@ def table(plain: Result | None, patched: Result | None, tokens: int) -> Table:
     ):
         values = [None if r is None else value(r) for r in (plain, patched)]
         shown = [MISSING if r is None else "-" if v is None else show(v) for r, v in zip((plain, patched), values)]
-        made.add_row(name, *shown, "" if name == "final loss" else change(*values))
+        made.add_row(name, *shown, change(*values) if compared and name != "final loss" else "")
     if plain and patched:
         made.add_row("largest loss difference", "", "", f"{loss_difference(plain, patched):.1e}")
         made.add_row("modules patched", "", str(patched.modules), "")
@@ -66,8 +67,15 @@ def change(before: float | None, after: float | None) -> str:
     return f"{100 * (after / before - 1):+.0f} %" if before and after is not None else ""
 
 
+def nothing_patched(patched: Result | None) -> str | None:
+    """Why the run with liger_kernel ran none of its kernels; None where it ran some, or did not finish."""
+    return None if patched is None or patched.modules else patched.left
+
+
 def sentence(plain: Result | None, patched: Result | None, tokens: int, device: str) -> str:
     """What this machine gained, or lost, in one sentence."""
+    if (why := nothing_patched(patched)) is not None:
+        return f"Nothing was patched, so both runs are the same training and there is nothing to compare: {why}."
     if plain is None:
         if patched is not None:
             fits = f"with liger_kernel the same training fits in {size(patched.peak)}"

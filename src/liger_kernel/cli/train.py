@@ -43,6 +43,7 @@ class Result:
     memory: str  # what `peak` and `head` count
     parameters: int
     modules: int  # how many were patched
+    left: str = ""  # why none was, where that was asked for
 
 
 def train(job: Job) -> Result:
@@ -51,7 +52,7 @@ def train(job: Job) -> Result:
     meter = Meter(device)
     torch.manual_seed(job.seed)
     model = _build(job).to(device).train()
-    modules = _patch(model) if job.patched else 0
+    modules, left = _patch(model) if job.patched else (0, "")
     batches = _batches(job, device)
     head = head_memory(model, batches[0], Meter(device))
     meter.reset()
@@ -64,11 +65,11 @@ def train(job: Job) -> Result:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss))  # waits for the device
+        losses.append(loss.item())  # waits for the device
         seconds.append(time.perf_counter() - start)
         _say("step", loss=losses[-1])
     parameters = sum(p.numel() for p in model.parameters())
-    return Result(losses, seconds, meter.peak(), head, meter.kind, parameters, modules)
+    return Result(losses, seconds, meter.peak(), head, meter.kind, parameters, modules, left)
 
 
 def head_memory(model, batch: torch.Tensor, meter: Meter) -> int | None:
@@ -104,10 +105,15 @@ def _build(job: Job):
     return AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype)
 
 
-def _patch(model) -> int:
+def _patch(model) -> tuple[int, str]:
+    """How many modules were patched and, where none was, why."""
     from liger_kernel.transformers import apply_liger_kernel
 
-    return len(apply_liger_kernel(model).patched)
+    report = apply_liger_kernel(model)
+    if report.patched:
+        return len(report.patched), ""
+    reasons = dict.fromkeys(f"{row.kind}: {row.reason}" for row in report.left)
+    return 0, report.note or "; ".join(reasons)
 
 
 def _batches(job: Job, device: torch.device) -> list[torch.Tensor]:
