@@ -264,6 +264,8 @@ def check(hidden, weight, target, bias, ce_weight, reduction, ignore_index, accu
         raise ValueError(
             f"{NAME}: token_weight of shape {tuple(options.token_weight.shape)}, expected {tuple(target.shape)}"
         )
+    if options.token_weight is not None and options.token_weight.device != hidden.device:
+        raise ValueError(f"{NAME}: hidden is on {hidden.device} and token_weight on {options.token_weight.device}")
     if accum_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"{NAME}: accum_dtype must be a float dtype or None, got {accum_dtype!r}")
     if options.workspace_bytes is not None and options.workspace_bytes <= 0:

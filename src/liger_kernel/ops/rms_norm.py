@@ -148,7 +148,10 @@ def _case(shape, dtype, device, affine=True, **options):
 def _cases(dtype, device):
     modes = ({"casting_mode": "llama"}, {"casting_mode": "gemma", "offset": 1.0}, {"casting_mode": "none"})
     shapes = ((2, 16, 64), (9, 7, 41), (1, 1), (0, 8), (3, 40000))  # the last needs the column loop
-    return [_case(s, dtype, device, affine, **mode) for s in shapes for affine in (True, False) for mode in modes]
+    # One column is its own root mean square: its gradient is what eps leaves of a difference, so eps is large there.
+    eps = {(1, 1): 1.0}
+    flags = [(affine, mode) for affine in (True, False) for mode in modes]
+    return [_case(s, dtype, device, affine, eps=eps.get(s, 1e-6), **mode) for s in shapes for affine, mode in flags]
 
 
 def _timed(dtype, device):
