@@ -162,6 +162,46 @@ def layer_norm_backward(dY, X, W, B, Mean, RSTD, needs_dw=None, needs_db=None):
     return kernels("layer_norm", X).backward(dY.contiguous(), X, W, B, Mean, RSTD, wanted, wanted_b)
 
 
+# jsd
+
+
+def jsd_forward(_input, target, shift_labels, beta, ignore_index, has_label, jsd_impl=None, jsd_mode=None):
+    """-> (loss, dX), dX of the loss as it is. has_label=False: every row counts. jsd_mode has no effect."""
+    from liger_kernel.ops import jsd as room
+
+    labels = shift_labels if has_label else None
+    room.check(_input, target, labels, beta, ignore_index)
+    x, target = _input.contiguous(), target.contiguous()
+    with torch.no_grad():
+        live, scale = room.weigh(x, labels, ignore_index)
+        loss, dx = kernels("jsd", x, jsd_impl).forward(x, target, live, scale, beta, True)
+    return loss.sum().to(x.dtype), dx
+
+
+def jsd_backward(dX, grad_output):
+    """dX times the 0-d grad_output, in place."""
+    return kernels("jsd", dX).backward(dX, grad_output)
+
+
+# kl_div
+
+
+def kldiv_forward_triton(y_pred, y_true, log_target, reduction, eps):
+    """-> the loss: 0-d, or like y_pred with reduction="none"."""
+    from liger_kernel.ops import kl_div as room
+
+    with torch.no_grad():
+        return room.LigerKLDivLossFunction.apply(y_pred, y_true, reduction, log_target, eps)
+
+
+def kldiv_backward_triton(target, grad_output, new_grads, log_target):
+    """-> new_grads, filled with the gradient by y_pred of the sum, grad_output being 0-d or like the target."""
+    target = target.contiguous()
+    pair = kernels("kl_div", target)
+    dx, _ = pair.backward(grad_output.contiguous(), None, target, log_target, 0.0, 1, new_grads.dtype)
+    return new_grads.copy_(dx)
+
+
 # cross_entropy
 
 

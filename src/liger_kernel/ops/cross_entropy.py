@@ -145,13 +145,13 @@ class LigerCrossEntropyFunction(GradAware):
         return dx, *[None] * 10
 
 
-def taken(ctx):
+def taken(ctx, op="cross entropy", remedy=" (reduction='none' recomputes it each time)"):
     """The gradient that the forward formed, handed out once."""
     dx, ctx.dx = ctx.dx, None
     if dx is None:
         raise RuntimeError(
-            "cross entropy: a second backward through the same graph; its gradient was formed in the forward and "
-            "handed out by the first (reduction='none' recomputes it each time)"
+            f"{op}: a second backward through the same graph; its gradient was formed in the forward and handed out "
+            f"by the first{remedy}"
         )
     return dx
 

@@ -13,6 +13,8 @@ _MODULES = {
     f"{_HERE}.fused_add_rms_norm": ("LigerFusedAddRMSNorm",),
     f"{_HERE}.fused_linear_cross_entropy": ("LigerFusedLinearCrossEntropyLoss",),
     f"{_HERE}.geglu": ("LigerGEGLUMLP",),
+    f"{_HERE}.jsd": ("LigerJSD",),
+    f"{_HERE}.kl_div": ("LigerKLDIVLoss",),
     f"{_HERE}.layer_norm": ("LigerLayerNorm",),
     f"{_HERE}.relu_squared": ("LigerReLUSquared",),
     f"{_HERE}.rms_norm": (
@@ -32,7 +34,7 @@ _ENGINE = {  # these need transformers
 }
 _NOT_BUILT = (
     "LigerDyT", "LigerExperts", "LigerFalconH1MLP", "LigerFusedCETVDLoss",
-    "LigerFusedLinearJSD", "LigerFusedLinearKLDivLoss", "LigerJSD", "LigerKLDIVLoss", "LigerMHC", "LigerMLP",
+    "LigerFusedLinearJSD", "LigerFusedLinearKLDivLoss", "LigerMHC", "LigerMLP",
     "LigerModulatedRMSNorm", "LigerMultiTokenAttention", "LigerPolyNorm",
     "LigerSparsemax",
     "LigerSwiGLUMLPForMuseGlimmer", "LigerTVDLoss", "LigerTiledGEGLUMLP", "LigerTiledSwiGLUMLP",

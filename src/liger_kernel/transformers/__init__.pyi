@@ -9,6 +9,8 @@ from liger_kernel.transformers.fused_linear_cross_entropy import (
     LigerFusedLinearCrossEntropyLoss as LigerFusedLinearCrossEntropyLoss,
 )
 from liger_kernel.transformers.geglu import LigerGEGLUMLP as LigerGEGLUMLP
+from liger_kernel.transformers.jsd import LigerJSD as LigerJSD
+from liger_kernel.transformers.kl_div import LigerKLDIVLoss as LigerKLDIVLoss
 from liger_kernel.transformers.layer_norm import LigerLayerNorm as LigerLayerNorm
 from liger_kernel.transformers.monkey_patch import _apply_liger_kernel as _apply_liger_kernel
 from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance as _apply_liger_kernel_to_instance

@@ -38,8 +38,9 @@ class RowTiles:
         rows = max(1, (4096 if walks else 2048) // block)
         tile = rows * block
         # 16 fp32 per lane: four 16-byte loads of bf16 pairs in flight. A walking program prefetches, which lets 32 do:
-        # fused_add_rms_norm backward 16384x4096 at 4 warps 2.77 TB/s, at 8 2.54 (H100 bf16, sweep 2026-11-21)
-        per_lane = 32 if walks and tile <= 4096 else 16
+        # fused_add_rms_norm backward 16384x4096 at 4 warps 2.77 TB/s, at 8 2.54 (H100 bf16, sweep 2026-11-21). More
+        # live tiles than its four would spill.
+        per_lane = 32 if walks and tile <= 4096 and live <= 4 else 16
         num_warps = min(max(tile // (backend.warp_width * per_lane), 1), backend.max_warps)
         programs, limit = cdiv(n_rows, rows), backend.max_programs
         if backend.persistent:
@@ -130,6 +131,23 @@ class Flat:
             block = min(block, power_of_2_from(n_cols))
         # 16 elements per lane: two 16-byte loads of bf16 in flight per operand
         return cls(block, min(max(block // (backend.warp_width * 16), 1), backend.max_warps))
+
+
+@dataclass(frozen=True)
+class Strips:
+    """How a long row is walked: `lanes` x `vec` columns at once, the `vec` neighbours of a lane in one thread."""
+
+    lanes: int
+    vec: int
+    num_warps: int
+
+    @classmethod
+    def choose(cls, n_cols: int, dtype: torch.dtype, device: torch.device) -> Strips:
+        backend = device_of(device)
+        vec = 16 // dtype.itemsize  # one 16-byte load per lane
+        lanes = power_of_2_from(max(cdiv(n_cols, vec), 1))
+        num_warps = max(1, min(lanes // backend.warp_width, 8, backend.max_warps))
+        return cls(min(lanes, num_warps * backend.warp_width), vec, num_warps)
 
 
 def programs_for(n_tiles: int, device: torch.device) -> int:
