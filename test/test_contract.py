@@ -133,3 +133,35 @@ def test_compiles_into_one_graph(op, device):
         eager, eager_grad, _ = run(contract.call, case, upstream)
         for a, b in zip([*ours, *our_grad], [*eager, *eager_grad], strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPS)
+def test_never_waits_for_the_device_and_can_be_captured(op, device):
+    contract = contract_of(op)
+    case = contract.cases(torch.bfloat16, device)[0]
+    *_, upstream = run(contract.call, case)  # compiled, and every lazy initialisation done
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(contract.call, case, [g.to(device) for g in upstream])
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    leaves = [a.detach().requires_grad_() if differentiable(a) else a for a in case.args]
+
+    def step():
+        grown = [o for o in outputs_of(contract.call(*leaves, **case.kwargs)) if o is not None and o.requires_grad]
+        return torch.autograd.grad(grown, [a for a in leaves if differentiable(a)], [torch.ones_like(o) for o in grown])
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = [g.clone() for g in step()]
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    graph.replay()
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)

@@ -25,11 +25,22 @@ def offline(*arguments):
     return result.stdout
 
 
-@needs_triton
-@pytest.mark.parametrize("target", ["sm_90", "gfx942", *(pytest.param(t, marks=pytest.mark.slow) for t in FULL)])
-def test_compiles_for(target):
-    shared = [int(n) for n in re.findall(r"(\d+) B shared", offline("--target", target))]
+def assert_fits(target, *arguments):
+    shared = [int(n) for n in re.findall(r"(\d+) B shared", offline("--target", target, *arguments))]
     assert shared and max(shared) <= (65536 if target.startswith("gfx") else 101376)
+
+
+@needs_triton
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_compiles_for(target):
+    assert_fits(target)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_90", "gfx942", *FULL])
+def test_every_option_compiles_for(target):
+    assert_fits(target, "--cases")
 
 
 @needs_triton

@@ -158,3 +158,14 @@ def test_registering_says_that_it_runs_nothing(monkeypatch):
         select_impl("moon", "acme")
     with pytest.raises(ValueError, match=r"known: \['acme'\]"):
         select_impl("cpu", "other")
+
+
+def test_backends_offers_what_upstreams_does():
+    from liger_kernel import backends
+    from liger_kernel.ops import core
+
+    assert (backends.available_impls, backends.get_impl, backends.set_impl) == (
+        core.available_impls, core.get_impl, core.set_impl,
+    )  # fmt: skip
+    with pytest.raises(AttributeError, match="no_such"):
+        backends.no_such  # noqa: B018

@@ -98,6 +98,12 @@ def _find(device_type: str) -> Backend:
     return backend
 
 
+def __getattr__(name: str):
+    if name in ("available_impls", "get_impl", "set_impl"):  # where upstream has them too
+        return getattr(importlib.import_module("liger_kernel.ops.core"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def current() -> Backend:
     """The backend of the accelerator of this process, or the CPU's where there is none."""
     order = [b for b in all_backends().values() if b.default and b.device_type != "cpu" and b.is_available()]

@@ -39,6 +39,13 @@ _NOT_BUILT = (
     "LigerSparsemax",
     "LigerSwiGLUMLPForMuseGlimmer", "LigerTVDLoss", "LigerTiledGEGLUMLP", "LigerTiledSwiGLUMLP",
     "LigerVocabParallelCrossEntropy", "liger_llama4_text_rotary_pos_emb", "liger_llama4_vision_rotary_pos_emb",
+    # apply_liger_kernel(model) patches these types too, as far as they can be verified
+    *(APPLY_PREFIX + model_type for model_type in (
+        "deepseek_v2", "deepseek_v3", "deepseek_v4", "exaone4", "falcon_h1", "gemma3", "gemma4", "gemma4_text", "glm4",
+        "glm4v", "glm4v_moe", "gpt_oss", "hunyuan_v1_dense", "hunyuan_v1_moe", "internvl", "llama4", "llava",
+        "ministral", "mllama", "muse_glimmer", "nemotron", "olmo3", "paligemma", "pixtral", "qwen2_5_vl", "qwen2_vl",
+        "qwen3_5", "qwen3_5_moe", "qwen3_moe", "qwen3_next", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
+    )),
 )  # fmt: skip
 
 __all__, _resolve = _lazy.lazy_names(__name__, _MODULES | _ENGINE, _NOT_BUILT)
