@@ -50,6 +50,22 @@ def poisoned_memory(monkeypatch):
         monkeypatch.setattr(torch, name, poisoned)
 
 
+@pytest.fixture
+def fused_calls(monkeypatch) -> list[dict]:
+    """The keywords of each call of the fused loss head."""
+    from liger_kernel.transformers import functional
+
+    calls = []
+    own = functional.liger_fused_linear_cross_entropy
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(functional, "liger_fused_linear_cross_entropy", counted)
+    return calls
+
+
 @pytest.fixture(params=["torch", "triton"])
 def impl(request):
     """Each implementation that runs here: the plain-torch pair, and Triton (in its interpreter on a CPU)."""

@@ -1,6 +1,6 @@
 """Hugging Face's Trainer with use_liger_kernel=True trains as it does without, on the transformers installed here.
 
-The last test runs this file and test_head.py again on transformers 4.57, where its folder is (the Makefile makes it).
+The last test runs this and the head's files again on transformers 4.57, where its folder is (the Makefile makes it).
 """
 
 import inspect
@@ -17,26 +17,12 @@ from support import tiny_model
 AcceleratorState = pytest.importorskip("accelerate.state").AcceleratorState
 transformers = pytest.importorskip("transformers")
 
-from liger_kernel.transformers import functional, revert_liger_kernel  # noqa: E402
+from liger_kernel.transformers import revert_liger_kernel  # noqa: E402
 from liger_kernel.transformers.lazy_logits import LazyLogits  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 OLD = Path(os.environ.get("LIGER_TEST_TRANSFORMERS_457", ROOT / ".deps/transformers-4.57"))
 KERNELS = {"rms_norm": True, "rope": True, "fused_linear_cross_entropy": True}
-
-
-@pytest.fixture
-def fused_calls(monkeypatch):
-    """The keywords of each call of the fused op."""
-    calls = []
-    own = functional.liger_fused_linear_cross_entropy
-
-    def counted(*args, **kwargs):
-        calls.append(kwargs)
-        return own(*args, **kwargs)
-
-    monkeypatch.setattr(functional, "liger_fused_linear_cross_entropy", counted)
-    return calls
 
 
 @pytest.fixture(autouse=True)
@@ -201,7 +187,7 @@ def test_peft_model_in_the_trainer(tmp_path, fused_calls, reverted):
 @pytest.mark.timeout(900)
 def test_all_of_this_and_the_head_tests_on_transformers_4_57():
     paths = os.pathsep.join(filter(None, [str(OLD), os.environ.get("PYTHONPATH")]))
-    files = [__file__, str(Path(__file__).with_name("test_head.py"))]
+    files = [__file__, *map(str, sorted(Path(__file__).parent.glob("test_head*.py")))]
     script = "; ".join([
         "import sys",
         "sys.modules['datasets'] = None",  # the one installed here needs a newer hub client than this transformers

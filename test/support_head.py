@@ -1,0 +1,44 @@
+"""Helpers of the tests of the fused head."""
+
+import copy
+
+import torch
+
+from support import tiny_model
+
+
+def tokens(rows=2, length=11):
+    """One batch with labels, the first three of each row ignored."""
+    ids = torch.randint(3, 250, (rows, length))
+    labels = ids.clone()
+    labels[:, :3] = -100
+    return dict(input_ids=ids, labels=labels, use_cache=False)
+
+
+def both(model_type="llama", fuse=None, **config):
+    """A model, its copy, and what `fuse` (default: fuse_head) returned for the copy."""
+    from liger_kernel.transformers.head import fuse_head
+
+    model = tiny_model(model_type, **config)
+    fused = copy.deepcopy(model)
+    return model, fused, (fuse or fuse_head)(fused)
+
+
+def agree(model, fused, given, rtol=1e-5, **kwargs):
+    """Forward and backward through both: same loss, same gradients.
+
+    The default rtol is some 80 roundings of fp32: the same sums over tokens and vocabulary, in another order.
+    """
+    output, other = fused(**given, **kwargs), model(**given, **kwargs)
+    output.loss.backward()
+    other.loss.backward()
+    torch.testing.assert_close(output.loss, other.loss, rtol=rtol, atol=0)
+    compared = 0
+    for (name, p), q in zip(model.named_parameters(), fused.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            slack = rtol * 10 * p.grad.abs().max().item()  # of sums over tokens and layers, in another order
+            torch.testing.assert_close(q.grad, p.grad, rtol=0, atol=slack, msg=lambda m, n=name: f"{n}: {m}")
+            compared += 1
+    assert compared
+    return output, other
