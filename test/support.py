@@ -58,6 +58,27 @@ def assert_same_module(ours: torch.nn.Module, theirs: torch.nn.Module, x: torch.
         assert torch.equal(a, b)
 
 
+def assert_trains_as(ours: torch.nn.Module, theirs: torch.nn.Module, **inputs) -> None:
+    """The same loss and gradients of a model's parameters, as close to fp64 as theirs."""
+    truth, found = copy.deepcopy(theirs).double(), []
+    if hasattr(truth, "set_experts_implementation"):
+        truth.set_experts_implementation("eager")  # torch has no grouped product in fp64
+    for model in (ours, theirs, truth):
+        loss = model(**inputs).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert_as_good_as_torch(*found, torch.float32, type(theirs).__name__)
+
+
+def release_ropes() -> None:
+    """Put every rotary function back, whatever models still use ours."""
+    from liger_kernel.transformers.kinds import rope
+
+    for entry in list(rope._replaced.values()):
+        entry.users.clear()
+    rope.release(torch.nn.Identity())
+
+
 def tiny_model(model_type: str, layers: int = 2, **config) -> torch.nn.Module:
     """A small model of a type with a row, in training mode, its norms' weights away from their initial value."""
     from transformers import AutoModelForCausalLM

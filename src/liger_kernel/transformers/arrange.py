@@ -1,7 +1,7 @@
 """Patching by model type: every instance of a type, built later or already alive, without being handed one.
 
-The classes of the type get two thin wrappers: an instance is patched when its construction ends, one that was there
-before at its first forward. `withdraw` takes the wrappers off again.
+The classes of the type, and those made from them, get two thin wrappers: an instance is patched when its outermost
+constructor ends, one that was there before at its first forward. `withdraw` takes the wrappers off again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,21 @@ _building = threading.local()  # how many constructors of arranged classes are r
 class _Arrangement:
     flags: dict
     originals: list[tuple[type, str, object]] = field(default_factory=list)
+    wrappers: set = field(default_factory=set)
     models: weakref.WeakSet = field(default_factory=weakref.WeakSet)
+
+    def wrap(self, cls: type) -> None:
+        """Wrap what a class does not have from a wrapped one."""
+        for name, wrapper in (("__init__", _patching_init), ("forward", _patching_forward)):
+            if getattr(cls, name) not in self.wrappers:
+                wrapped = wrapper(getattr(cls, name), self)
+                self.wrappers.add(wrapped)
+                self.replace(cls, name, wrapped)
+
+    def replace(self, cls: type, name: str, value: object) -> None:
+        """Set an attribute of a class until the arrangement is withdrawn."""
+        self.originals.append((cls, name, cls.__dict__.get(name)))
+        setattr(cls, name, value)
 
     def patch(self, model: nn.Module) -> None:
         self.models.add(model)
@@ -46,14 +60,14 @@ def arrange(model_type: str, **flags) -> None:
     known = _arranged.get(model_type)
     if known is not None:
         known.flags = flags
-        for model in list(known.models):
+        for model in filter(patch.is_patched, list(known.models)):
             known.patch(model)
         return
     arrangement = _Arrangement(flags)
     for cls in classes_of(model_type):
-        arrangement.originals += [(cls, name, cls.__dict__.get(name)) for name in ("__init__", "forward")]
-        for name, wrap in (("__init__", _patching_init), ("forward", _patching_forward)):
-            setattr(cls, name, wrap(getattr(cls, name), arrangement))
+        for one in _family(cls):
+            arrangement.wrap(one)
+        arrangement.replace(cls, "__init_subclass__", _wrapping_subclasses(cls, arrangement))
     _arranged[model_type] = arrangement
 
 
@@ -63,7 +77,7 @@ def withdraw(model_type: str) -> None:
         raise ValueError(f"nothing is arranged for model type {model_type!r}; arranged: {sorted(_arranged)}")
     arrangement = _arranged.pop(model_type)
     for model in list(arrangement.models):  # first: what they displaced may be the wrappers below
-        patch.revert_liger_kernel(model)
+        patch.take_off(patch.unwrap(model))
     for cls, name, original in arrangement.originals:
         if original is None:
             delattr(cls, name)
@@ -91,6 +105,26 @@ def classes_of(model_type: str) -> list[type]:
     ]
 
 
+def _family(cls):
+    """A class and all that are made from it, each after its bases."""
+    yield cls
+    for made in cls.__subclasses__():
+        yield from _family(made)
+
+
+def _wrapping_subclasses(cls, arrangement):
+    own = cls.__dict__.get("__init_subclass__")
+
+    def __init_subclass__(made, **kwargs):
+        if own is None:
+            super(cls, made).__init_subclass__(**kwargs)
+        else:
+            own.__get__(None, made)(**kwargs)
+        arrangement.wrap(made)
+
+    return classmethod(__init_subclass__)
+
+
 def _patching_init(original, arrangement):
     @functools.wraps(original)
     def __init__(self, *args, **kwargs):
@@ -108,7 +142,7 @@ def _patching_init(original, arrangement):
 def _patching_forward(original, arrangement):
     @functools.wraps(original)
     def forward(self, *args, **kwargs):
-        if not torch.compiler.is_compiling() and not patch.is_patched(self):
+        if not torch.compiler.is_compiling() and not patch.is_settled(self):
             arrangement.patch(self)
             if "forward" in self.__dict__:
                 return self.forward(*args, **kwargs)

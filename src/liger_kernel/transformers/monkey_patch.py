@@ -29,12 +29,16 @@ def _function_for(model_type: str, row: Model) -> Callable:
     signature = inspect.Signature([*parameters, model])
 
     def apply(*args, **kwargs):
-        given = signature.bind(*args, **kwargs).arguments  # only what the caller named: a default is no demand
+        try:
+            given = signature.bind(*args, **kwargs).arguments  # only what the caller named: a default is no demand
+        except TypeError as problem:
+            raise TypeError(f"{APPLY_PREFIX}{model_type}() {problem}") from None
         model = given.pop("model", None)
         if row.mlp in given:  # one flag for the model's MLP, whichever activation its configuration chose
             given["swiglu"] = given["geglu"] = given.pop(row.mlp)
         if model is None:
             return arrange.arrange(model_type, **given)
+        _warn_of_another_type(model, model_type)
         return patch.apply_liger_kernel(model, **given)
 
     apply.__name__ = apply.__qualname__ = APPLY_PREFIX + model_type
@@ -45,6 +49,16 @@ def _function_for(model_type: str, row: Model) -> Callable:
     Returns the Report for a given model. Raises as `apply_liger_kernel` does, TypeError for an unknown flag.
     """
     return apply
+
+
+def _warn_of_another_type(model: Any, model_type: str) -> None:
+    """A model with nothing of this type in it is patched all the same, because what is patched is verified."""
+    if not isinstance(model, nn.Module) or patch.disabled():
+        return
+    configs = (getattr(part, "config", None) for part in patch.unwrap(model).modules())
+    types = [config.model_type for config in configs if config is not None and hasattr(config, "model_type")]
+    if types and model_type not in types:
+        logger.warning("%s%s is given a %s model: it is patched all the same", APPLY_PREFIX, model_type, types[0])
 
 
 MODEL_TYPE_TO_APPLY_LIGER_FN: dict[str, Callable] = {name: _function_for(name, row) for name, row in MODELS.items()}

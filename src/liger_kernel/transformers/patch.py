@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import weakref
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 FLAGS = ("rope", "rms_norm", "layer_norm", "swiglu", "geglu", "cross_entropy", "fused_linear_cross_entropy")
 _HEADS = ("cross_entropy", "fused_linear_cross_entropy")
+_reverted: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # an arrangement for their type leaves them alone
 _MODEL = "_liger_kernel_model"  # on a patched model: what was done to its head; None on the models inside it
 
 
@@ -105,6 +107,7 @@ def apply_liger_kernel(
     for part in base.modules():
         if hasattr(part, "config_class"):
             part.__dict__.setdefault(_MODEL, None)
+            _reverted.discard(part)
     if strict and (refused := [r for r in report.left if not r.reason.startswith(_OFF)]):  # type: ignore[union-attr]
         revert_liger_kernel(base)
         raise RuntimeError("strict=True: " + "; ".join(f"{r.module}: {r.reason}" for r in refused))
@@ -118,6 +121,8 @@ def apply_liger_kernel(
 def revert_liger_kernel(model: nn.Module | str) -> None:
     """Undo apply_liger_kernel on a model exactly; for a model type ("llama"), undo the arrangement made for it.
 
+    A model stays as it was until apply_liger_kernel is called on it again, also where its type is arranged for (a copy
+    of it is a model of its own).
     Raises ValueError for a model type nothing was arranged for, TypeError for what is neither.
     """
     if isinstance(model, str):
@@ -128,6 +133,12 @@ def revert_liger_kernel(model: nn.Module | str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"revert_liger_kernel takes a torch.nn.Module or a model type, got {type(model).__name__}")
     base = unwrap(model)
+    take_off(base)
+    _reverted.update(part for part in base.modules() if hasattr(part, "config_class"))
+
+
+def take_off(base: nn.Module) -> None:
+    """Undo what is bound to a model, which an arrangement for its type may patch again."""
     for module in base.modules():
         _unbind(module)
         if (head := module.__dict__.pop(_MODEL, None)) is not None and head.patch is not None:
@@ -143,6 +154,11 @@ def disabled() -> bool:
 def is_patched(model: nn.Module) -> bool:
     """Whether apply_liger_kernel was called on this model or one around it, and not undone."""
     return _MODEL in model.__dict__
+
+
+def is_settled(model: nn.Module) -> bool:
+    """Whether apply_liger_kernel or revert_liger_kernel was called on this model or one around it."""
+    return is_patched(model) or model in _reverted
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -115,7 +115,10 @@ def _forms(linears) -> Iterator[MLP]:
 
 @probe.verified_once
 def verify(module: nn.Module) -> Match | Refusal | None:
-    """The form a candidate computes in training and evaluation, in fp32 and to the bit in bf16."""
+    """The form a candidate computes in training and evaluation, in fp32 and to the bit in bf16.
+
+    None for what returns something else than a tensor of its input's shape and dtype, as an attention does.
+    """
     linears = _linears(module)
     _, _, down = next(_roles(linears))
     inner, hidden = linears[down]
@@ -139,6 +142,8 @@ def verify(module: nn.Module) -> Match | Refusal | None:
         flag = ACTIVATIONS[form.activation][0]
         kernel = f"{flag} {form.activation}" + (" packed" if form.gate == form.up else "")
         return Match(NAME, flag, kernel, form, found)
+    if closest == float("inf"):
+        return None
     return Refusal(NAME, f"has the linears of a gated MLP but fits no known formula (closest: {closest:.0e})")
 
 
