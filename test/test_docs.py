@@ -1,5 +1,6 @@
 """The documents say what the code does."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -13,12 +14,37 @@ READMES = ("README.md", "README.zh-CN.md")
 
 
 def test_every_environment_variable_is_documented_and_every_documented_one_exists():
-    source = "".join(p.read_text() for p in (ROOT / "src").rglob("*.py"))
+    source = "".join(p.read_text() for folder in ("src", "benchmark") for p in (ROOT / folder).rglob("*.py"))
     used = set(re.findall(r'"(LIGER_[A-Z0-9_]+)(?<!_ENV)"', source))
-    named = set(re.findall(r"^\| `(LIGER_[A-Z0-9_]+)", (ROOT / "docs/environment.md").read_text(), re.MULTILINE))
-    assert used == {name for name in named if "_TEST_" not in name}
+    used |= set(re.findall(r'environ(?:\.get\(|\[)"([A-Z0-9_]+)"', source))
+    named = set(re.findall(r"^\| `([A-Z0-9_]+)", (ROOT / "docs/environment.md").read_text(), re.MULTILINE))
+    assert used <= named, "describe it in docs/environment.md"
     elsewhere = "".join(p.read_text() for p in [ROOT / "Makefile", *(ROOT / "test").rglob("*.py")])
     assert all(name in elsewhere for name in named - used)
+
+
+def arguments_without_effect():
+    """(argument, function or class) for what a public signature takes and its body never mentions."""
+    for path in sorted((ROOT / "src/liger_kernel").glob("*/*.py")):
+        for node in ast.parse(path.read_text()).body:
+            functions = []
+            if isinstance(node, ast.ClassDef) and node.name.startswith("Liger"):
+                functions = [f for f in node.body if getattr(f, "name", None) in ("__init__", "forward", "apply")]
+            elif isinstance(node, ast.FunctionDef) and re.match(r"liger_|\w+_(?:forward|backward)", node.name):
+                functions = [node] if not node.name.startswith("_") else []
+            for function in functions:
+                mentioned = {n.id for n in ast.walk(function) if isinstance(n, ast.Name)}
+                given = {a.arg for a in (*function.args.args, *function.args.kwonlyargs)} - {"self", "cls", "ctx"}
+                yield from ((argument, node.name) for argument in given - mentioned)
+
+
+def test_every_argument_without_effect_is_listed():
+    rows = [line.split("|")[1:3] for line in (ROOT / "docs/accepted-without-effect.md").read_text().splitlines()
+            if line.startswith("| `")]  # fmt: skip
+    found = set(arguments_without_effect())
+    assert ("row_mode", "LigerRMSNormFunction") in found
+    for argument, owner in found:
+        assert any(f"`{argument}`" in what and f"`{owner}`" in where for what, where in rows), (argument, owner)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
