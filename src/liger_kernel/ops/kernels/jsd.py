@@ -14,6 +14,23 @@ from liger_kernel.ops.kernels.cross_entropy import cross_entropy_backward as jsd
 
 
 @triton.jit
+def _log(x):
+    """log(x) of a normal number: two thirds of tl.log's instructions, which decide the speed of a JSD."""
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F2AAAAB) & -0x800000  # x = 2^k * (1 + f), f in [-1/3, 1/3]
+    f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+    # (log(1 + f) - f) / f^2, fitted at Chebyshev nodes; the result is right to 1.2e-7 of its size
+    y = 0.13756539 * f - 0.15049429
+    y = y * f + 0.14054218
+    y = y * f - 0.16481580
+    y = y * f + 0.20007323
+    y = y * f - 0.25004205
+    y = y * f + 0.33333272
+    y = y * f - 0.49999985
+    return exponent.to(tl.float32) * 8.2629582e-08 + (y * (f * f) + f)  # log(2) * 2^-23
+
+
+@triton.jit
 def _divergence(log_q, log_p, BETA: tl.constexpr):
     """(divergence, its gradient by log_q) of each element; 0 where both are -inf, NaN where one is NaN."""
     gap = tl.where(log_p == log_q, 0.0, log_p - log_q)
@@ -33,7 +50,7 @@ def _divergence(log_q, log_p, BETA: tl.constexpr):
         e_far = tl.where(e == 0.0, 0.0, e * far)
         low_weight = tl.where(p_leads, 1.0 - BETA, BETA)
         mix = 1.0 - low_weight * (1.0 - e)
-        log_mix = tl.log(mix)
+        log_mix = _log(mix)
         high = tl.exp(tl.where(p_leads, log_p, log_q))
         each = -high * (mix * log_mix + low_weight * e_far)
         slope = (BETA - 1.0) * high * tl.where(p_leads, e * log_mix + e_far, log_mix)
