@@ -33,7 +33,18 @@ class RowTiles:
 
         Short rows share a tile, so that a program has enough to load.
         """
-        backend = device_of(device)
+        if torch.compiler.is_compiling():  # sizes may be symbols there, which no table can look up
+            return cls._choose(device_of(device), n_rows, n_cols, device, live, walks)
+        key = id(device_of(device)), n_rows, n_cols, device, live, walks
+        found = _chosen.get(key)
+        if found is None:
+            if len(_chosen) > 4096:
+                _chosen.clear()
+            found = _chosen[key] = cls._choose(device_of(device), n_rows, n_cols, device, live, walks)
+        return found
+
+    @classmethod
+    def _choose(cls, backend, n_rows, n_cols, device, live, walks) -> RowTiles:
         block = min(power_of_2_from(n_cols), backend.max_block(live))
         rows = max(1, (4096 if walks else 2048) // block)
         tile = rows * block
@@ -50,6 +61,9 @@ class RowTiles:
             limit = backend.cores(device) * max(1, 8192 // tile)
         loop = block < n_cols
         return cls(rows, block, loop, num_warps, max(1, min(programs, limit)), walks and not loop)
+
+
+_chosen: dict[tuple, RowTiles] = {}  # choosing takes longer than looking up: host time of every call
 
 
 # Plain Python: Triton's own cdiv and next_power_of_2 read the environment, which torch.compile cannot trace.
