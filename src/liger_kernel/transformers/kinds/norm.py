@@ -1,7 +1,7 @@
 """RMS and layer norms: one input, at most a weight and a bias of one dimension, found by what they compute.
 
 The forms are data: which base, whether the weight is offset by one, and where the result is rounded. The cast order is
-told apart in bf16, the output dtype with an fp32 weight on a bf16 input.
+told apart in bf16, the output dtype with an fp32 weight on a bf16 input. A second input may be a gate (gated_norm.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from liger_kernel import ops
 from liger_kernel.ops.rms_norm import reference as rms_norm
 from liger_kernel.transformers import functional
-from liger_kernel.transformers.kinds import probe
+from liger_kernel.transformers.kinds import gated_norm, probe
+from liger_kernel.transformers.kinds.gated_norm import GatedNorm
 from liger_kernel.transformers.kinds.probe import MAX_ERROR, MIN_SAME, Match, Refusal
 
 NAME = "norm"
@@ -100,6 +101,13 @@ def verify(module: nn.Module) -> Match | Refusal | None:
     width = _width(module)
     values = {n: 0.5 * probe.random(width, seed=i) + 0.3 for i, n in enumerate(names)}
     x = probe.random(2, len(_SCALES), width, seed=7) * torch.tensor(_SCALES).unsqueeze(-1)
+    attributes = {k: v for k, v in probe.settings(module).items() if isinstance(v, float)}
+    eps: list[str | float] = [*attributes, *(e for e in _EPS if e not in attributes.values())]
+    if gated_norm.takes_a_gate(module):
+        gated = gated_norm.verify(module, NAME, x, values, attributes, eps)
+        if gated is not None:
+            return gated
+
     original = functools.partial(_run, module, values)
     try:
         with _Calls() as calls:
@@ -113,8 +121,6 @@ def verify(module: nn.Module) -> Match | Refusal | None:
     if len(inputs := probe.inputs(module)) > 1:
         return Refusal(NAME, f"takes more than one input ({', '.join(p.name for p in inputs)})")
 
-    attributes = {k: v for k, v in probe.settings(module).items() if isinstance(v, float)}
-    eps: list[str | float] = [*attributes, *(e for e in _EPS if e not in attributes.values())]
     fits = []
     closest = float("inf")
     for form in _forms(names, eps):
@@ -163,8 +169,10 @@ def _rounding(original, fits, x, values, autocasts):
 
 
 @functools.cache
-def forward(form: Norm, name: str = "forward"):
+def forward(form: Norm | GatedNorm, name: str = "forward"):
     """The method that replaces a norm's forward; `name` is the attribute it is bound under (pickle needs it)."""
+    if isinstance(form, GatedNorm):
+        return gated_norm.forward(form, name)
 
     def method(self, *args, **kwargs):
         if len(args) != 1 or kwargs:

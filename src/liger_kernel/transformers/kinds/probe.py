@@ -132,9 +132,9 @@ def twin(
     return made
 
 
-def run(made: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def run(made: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
     """The class's own forward on a twin."""
-    return type(made).forward(made, x)
+    return type(made).forward(made, *inputs)
 
 
 def inputs(module: nn.Module) -> list[inspect.Parameter]:
