@@ -1,5 +1,7 @@
 """What is special about the gated RMSNorm: transformers' own bits, groups, mixed dtypes, messages."""
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -35,10 +37,11 @@ def test_on_a_cpu_forward_has_the_bits_of_transformers(name, dtypes_):
     where, arguments, options = THEIRS[name]
     model, cls = where.split(".")
     modeling = pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
-    if name == "mamba2" and "group_size" not in modeling.MambaRMSNormGated.__init__.__code__.co_varnames:
-        arguments, options = {}, GATE_FIRST  # transformers 4.57 has no groups there
+    cls = getattr(modeling, cls)
+    if "group_size" in arguments and "group_size" not in inspect.signature(cls).parameters:  # before transformers 5
+        arguments, options = {}, GATE_FIRST
     x_dtype, gate_dtype, w_dtype = dtypes_
-    module = getattr(modeling, cls)(WIDTH, eps=1e-6, **arguments).to(w_dtype)
+    module = cls(WIDTH, eps=1e-6, **arguments).to(w_dtype)
     nn.init.normal_(module.weight)
     x, gate = 3 * torch.randn(4, 50, WIDTH, dtype=x_dtype), 3 * torch.randn(4, 50, WIDTH, dtype=gate_dtype)
     wanted = module(x, gate)
