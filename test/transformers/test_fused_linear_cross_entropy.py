@@ -381,3 +381,18 @@ def test_weight_sum_is_narrowed_in_its_own_memory(n_rows, width, dtype, device):
     assert found.is_contiguous() and found.untyped_storage().data_ptr() == memory
     # one rounding of the same fp32 sum, whose own rounding may tip a tie: a unit in the last place of each dtype
     torch.testing.assert_close(found, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_ignored_rows_go_through_no_product_on_a_cpu(monkeypatch):
+    x, w = torch.randn(64, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    y = torch.randint(0, 30, (64,))
+    y[torch.randperm(64)[:48]] = -100
+    seen, project = [], head.project
+    monkeypatch.setattr(head, "project", lambda h, *rest: (seen.append(h.shape[0]), project(h, *rest)))
+    ours = torch.autograd.grad(fused(x, w, y), (x, w))
+    assert sum(seen) == 16
+    monkeypatch.setattr(head, "counts_for_free", lambda hidden: False)
+    theirs = torch.autograd.grad(fused(x, w, y), (x, w))
+    assert sum(seen) == 16 + 64
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)

@@ -6,6 +6,7 @@
 Shapes    hidden: (T, H); weight: (V, H); bias: (V,); the chunk: (rows, V) in the dtype of the product.
 Numerics  products in the dtype torch would give them (autocast's, else hidden's); dW is summed in fp32 whatever the
           number of chunks, or in accum_dtype; one chunk needs no sum. Same bits each time.
+Ignored   rows cost no product where the host knows them, which is on a CPU.
 Memory    one chunk, dh, dW; with several chunks dW in fp32 until the last, then its 16 bits in half of that memory.
 Flops     2 T H V for the statistics, 6 T H V with both gradients.
 """
@@ -45,6 +46,12 @@ def run(
     dtype is that of the products, see product_dtype; each gradient has the dtype of what it belongs to.
     """
     dtype = dtype or product_dtype(hidden)
+    if counts_for_free(hidden) and not (live := given.target != loss.ignore_index).all():
+        kept = live.nonzero().squeeze(1)
+        remaining = hidden[kept], weight, bias, given.take(kept)
+        part = run(*remaining, loss, fields, needs, dtype, accum_dtype, workspace_bytes)
+        d_hidden = None if part[1] is None else torch.zeros_like(hidden).index_copy_(0, kept, part[1])
+        return part[0].spread(kept, hidden.shape[0]), d_hidden, *part[2:]
     h_all, w = hidden.to(dtype).contiguous(), weight.to(dtype).contiguous()
     b = None if bias is None else bias.to(dtype)
     (n_rows, width), n_classes = h_all.shape, w.shape[0]
@@ -79,6 +86,11 @@ def run(
         None if d_weight is None else d_weight.finish(),
         None if d_bias is None or bias is None else d_bias.to(bias.dtype),
     )
+
+
+def counts_for_free(hidden: torch.Tensor) -> bool:
+    """Whether the host may ask how many rows are left without the ignored ones: no device has to be waited for."""
+    return hidden.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def product_dtype(hidden: torch.Tensor) -> torch.dtype:

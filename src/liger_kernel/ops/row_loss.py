@@ -52,7 +52,11 @@ class Given:
     d_entropy: torch.Tensor | None = None  # (R,)
 
     def rows(self, i: int, j: int) -> Given:
-        cut = {k: v[i:j] for k in ("target", "factor", "d_lse", "d_entropy") if (v := getattr(self, k)) is not None}
+        return self.take(slice(i, j))
+
+    def take(self, index) -> Given:
+        """The rows that a slice or a tensor of indices picks."""
+        cut = {k: v[index] for k in ("target", "factor", "d_lse", "d_entropy") if (v := getattr(self, k)) is not None}
         return dataclasses.replace(self, **cut)
 
 
@@ -69,6 +73,14 @@ class Stats:
     def rows(self, i: int, j: int) -> Stats:
         cut = {f: v[i:j] for f in FIELDS if (v := getattr(self, f)) is not None}
         return dataclasses.replace(self, **cut)
+
+    def spread(self, index: torch.Tensor, n_rows: int) -> Stats:
+        """These rows at their places among n_rows, the others as ignored ones."""
+        wide = {}
+        for f in FIELDS:
+            if (v := getattr(self, f)) is not None:
+                wide[f] = v.new_full((n_rows,), -1 if f == "predicted" else 0).index_copy_(0, index, v)
+        return dataclasses.replace(self, **wide)
 
 
 FIELDS = ("loss", "z_loss", "lse", "entropy", "predicted")
