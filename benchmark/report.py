@@ -17,11 +17,14 @@ only: its rows were measured in one run on one card. "graph" is the replay of a 
 
 
 def models(data: dict) -> list[str]:
-    first = data["rows"][0]
+    first = next(r for r in data["rows"] if "batch" in r)
     lines = [f"## {first['model']}, {first['batch']} x {first['seq']} tokens, bf16, AdamW", "",
              "| | tokens/s | peak GiB | |", "| --- | ---: | ---: | --- |"]  # fmt: skip
     for r in data["rows"]:
-        lines.append(f"| {r['contender']} | {r['tokens_per_s']:,} | {r['peak_GiB']} | {r['patched']} |")
+        if "tokens_per_s" in r:
+            lines.append(f"| {r['contender']} | {r['tokens_per_s']:,} | {r['peak_GiB']} | {r['patched']} |")
+        else:
+            lines.append(f"| {r['contender']} | | | {'out of memory' if 'out_of_memory' in r else 'failed'} |")
     return lines
 
 
@@ -30,9 +33,13 @@ def ops(data: dict) -> list[str]:
              "| op | shape | | | ms graph | TB/s | ms as called | MiB |",
              "| --- | --- | --- | --- | ---: | ---: | ---: | ---: |"]  # fmt: skip
     for r in sorted(data["rows"], key=lambda r: (r["op"], r["shape"], r["mode"])):
+        what = f"| {r['op']} | {r['shape']} | {r['mode']} | {r['peer']} |"
+        if "failed" in r:
+            lines.append(f"{what} failed | | | |")
+            continue
         event, graph = (r[k]["median"] if isinstance(r[k], dict) else r[k] for k in ("event_ms", "graph_ms"))
-        lines.append(f"| {r['op']} | {r['shape']} | {r['mode']} | {r['peer']} | {graph:.3f} | {r['TB_s'] or ''} | "
-                     f"{event:.3f} | {r['extra_MiB']} |")  # fmt: skip
+        shown = "" if graph is None else f"{graph:.3f}"
+        lines.append(f"{what} {shown} | {r['TB_s'] or ''} | {event:.3f} | {r['extra_MiB']} |")
     return lines
 
 

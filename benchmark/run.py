@@ -44,7 +44,8 @@ def contender(op: str, peer: str, shapes: set[str] | None) -> list[dict]:
                 step = _step(call, case, mode)
                 event, graph = time_call(step), time_graph(step)
                 row |= {"event_ms": event, "graph_ms": graph, "extra_MiB": round(peak_extra_mib(step))}
-                row["bytes"] = room.CONTRACT.bytes_moved(*case.args, **case.kwargs) if mode == "full" else None
+                moved = room.CONTRACT.bytes_moved(*case.args, **case.kwargs)  # of forward and backward together
+                row["TB_s"] = round(moved / graph.median / 1e9, 2) if mode == "full" and graph else None
             except Exception as error:
                 row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
         del case
@@ -94,9 +95,7 @@ def show(rows: list[dict], copy: float) -> None:
             print(f"{row['op']:>26} {row['shape']:>22} {row['mode']:4} {row['peer']:8} failed: {row['failed'][:120]}")
             continue
         event, graph = row["event_ms"]["median"], (row["graph_ms"] or {}).get("median")
-        rate = ""
-        if row["bytes"] and graph:
-            rate = f"{row['bytes'] / graph / 1e9:6.2f} TB/s {row['bytes'] / graph / 1e9 / copy:5.0%}"
+        rate = f"{row['TB_s']:6.2f} TB/s {row['TB_s'] / copy:5.0%}" if row["TB_s"] else ""
         shown = f"{graph:9.3f}" if graph else "        –"
         print(f"{row['op']:>26} {row['shape']:>22} {row['mode']:4} {row['peer']:8} {event:9.3f} ms {shown} ms graph "
               f"{rate:16} {row['extra_MiB']:7} MiB")  # fmt: skip

@@ -17,12 +17,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import triton
 from triton.testing import do_bench
 
 from liger_kernel import backends
 from liger_kernel.ops.kernels import fused_add_rms_norm, layer_norm, rms_norm, softmax
-from liger_kernel.ops.kernels.blocks import RowTiles
+from liger_kernel.ops.kernels.blocks import RowTiles, cdiv, power_of_2_from
 
 DEVICE = torch.device(backends.current().device_type)
 OPTIONS = 1e-6, 0.0, "llama"
@@ -78,7 +77,7 @@ def tiling(rows: int, cols: int, block: int, elements: int, per_lane: int, waves
     backend = backends.device_of(DEVICE)
     tall = max(1, elements // block)
     warps = min(max(tall * block // (backend.warp_width * per_lane), 1), backend.max_warps)
-    programs = triton.cdiv(rows, tall)
+    programs = cdiv(rows, tall)
     if waves:
         programs = min(programs, waves * backend.cores(DEVICE))
     return RowTiles(tall, block, block < cols, warps, programs, prefetch)
@@ -117,7 +116,7 @@ class Search:
         return max(self.tried, key=self.tried.get)
 
     def go(self, backward: bool, can_prefetch: bool) -> None:
-        full = min(triton.next_power_of_2(self.cols), 32768)
+        full = min(power_of_2_from(self.cols), 32768)
         shape = self.rows, self.cols
         for elements in sorted({max(full, e) for e in (1024, 2048, 4096, 8192)}):
             for per_lane in (16, 8, 32):
@@ -130,7 +129,7 @@ class Search:
         if not self.tried:
             return
         cores = backends.device_of(DEVICE).cores(DEVICE)
-        n_tiles = triton.cdiv(self.rows, self.best().rows)
+        n_tiles = cdiv(self.rows, self.best().rows)
         for programs in (*(waves * cores for waves in (1, 2, 3, 4, 6, 8)), n_tiles):
             self.attempt(replace(self.best(), programs=min(programs, n_tiles)))
         for tiles in sorted(self.tried, key=self.tried.get)[-3:] if can_prefetch else ():
