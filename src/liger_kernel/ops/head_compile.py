@@ -9,6 +9,7 @@ import torch
 
 from liger_kernel.ops import fused_linear_cross_entropy as room
 from liger_kernel.ops import head
+from liger_kernel.ops.core import wide
 from liger_kernel.ops.row_loss import is_early
 
 Maybe = torch.Tensor | None
@@ -77,12 +78,11 @@ def forward_op(
 @forward_op.register_fake
 def _(hidden, weight, target, bias, ce_weight, token_weight, normalizer, ignore_index, numbers, reduction, softcap,
       accum_dtype, token_scaling, asked, needs, dtype, workspace_bytes):  # fmt: skip
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
     shape = target.shape if reduction == "none" else ()
     early = [n and is_early(reduction, dtype) for n in needs]
     outputs = [
-        hidden.new_empty(shape, dtype=wide),
-        hidden.new_empty(shape, dtype=wide) if asked[0] else None,
+        hidden.new_empty(shape, dtype=wide(dtype)),
+        hidden.new_empty(shape, dtype=wide(dtype)) if asked[0] else None,
         hidden.new_empty((), dtype=torch.float32) if asked[1] else None,
         target.new_empty(target.shape, dtype=torch.int64) if asked[2] else None,
         *(torch.empty_like(t, memory_format=torch.contiguous_format) if e else None
@@ -132,7 +132,7 @@ def _backward(ctx, grads):
     if d_loss is None:
         return None, *[None] * 16
     if ctx.early:
-        made = [g * d_loss.to(g.dtype if g.dtype is torch.float64 else torch.float32) for g in ctx.saved_tensors]
+        made = [g * d_loss.to(wide(g.dtype)) for g in ctx.saved_tensors]
         made = [m.to(g.dtype) for m, g in zip(made, ctx.saved_tensors)]
     else:
         constants = [v for k, v in ctx.constants.items() if k != "asked"]
