@@ -140,12 +140,14 @@ def test_compiles_into_one_graph(op, device):
 def test_never_waits_for_the_device_and_can_be_captured(op, device):
     contract = contract_of(op)
     case = contract.cases(torch.bfloat16, device)[0]
-    *_, upstream = run(contract.call, case)  # compiled, and every lazy initialisation done
+    results, _, upstream = run(contract.call, case)  # compiled, and every lazy initialisation done
+    grown = [o for o in results if o.requires_grad]
+    upstream = [g.to(o) for g, o in zip(upstream, grown, strict=True)]
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run(contract.call, case, [g.to(device) for g in upstream])
+        run(contract.call, case, upstream)
     finally:
         torch.cuda.set_sync_debug_mode(before)
     leaves = [a.detach().requires_grad_() if differentiable(a) else a for a in case.args]
