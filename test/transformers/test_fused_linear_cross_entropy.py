@@ -52,6 +52,10 @@ def problem(rows=9, width=8, classes=21, dtype=torch.float32, device="cpu", bias
     return x, weight, target, b
 
 
+def low_rank_term(rows=9, rank=3, classes=21, dtype=torch.float32, device="cpu"):
+    return tuple(torch.randn(n, rank, dtype=dtype, device=device, requires_grad=True) for n in (rows, classes))
+
+
 @pytest.mark.parametrize("row", pairwise(VALUES), ids=lambda row: "-".join(str(v) for v in row.values()))
 def test_options_go_together(row, impl, device):
     row = dict(row)
@@ -307,9 +311,9 @@ def test_helpers_keep_the_signatures_of_upstream():
 
 def traced_arguments(reduction, dtype=torch.float32):
     x, weight, target, b = problem(dtype=dtype, bias=True)
-    return (x, weight, target, b, None, torch.rand(9), torch.tensor(5.0) if reduction != "none" else None, -100,
-            [1e-3, 0.1, 0.5, 2.0], reduction, 4.0, None, True, [True, True, False], [True, True, True], dtype,
-            500)  # fmt: skip
+    return (x, weight, target, b, None, torch.rand(9), torch.tensor(5.0) if reduction != "none" else None,
+            *low_rank_term(), -100, [1e-3, 0.1, 0.5, 2.0], reduction, 4.0, None, True, [True, True, False, True],
+            [True] * 5, dtype, 500)  # fmt: skip
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -327,17 +331,67 @@ def test_compiles_without_a_graph_break_and_once_for_all_lengths(reduction):
     counts = []
     for rows in (9, 14, 33):
         x, weight, target, b = problem(rows, bias=True)
-        options = dict(reduction=reduction, softcap=4.0, workspace_bytes=500)
+        low_rank = low_rank_term(rows)
+        options = dict(reduction=reduction, softcap=4.0, workspace_bytes=500, low_rank=low_rank, return_entropy=True)
         ours, truth = step(x, weight, target, b, **options), fused(x, weight, target, b, **options)
-        torch.testing.assert_close(ours, truth)
-        for a, b in zip(*(torch.autograd.grad(v.sum(), (x, weight, b)) for v in (ours, truth))):
+        torch.testing.assert_close((ours.loss, ours.entropy), (truth.loss, truth.entropy))
+        leaves = x, weight, b, *low_rank
+        for a, b in zip(*(torch.autograd.grad(v.loss.sum(), leaves) for v in (ours, truth))):
             torch.testing.assert_close(a, b)
         counts.append(counter.frame_count)
     assert counts[0] == counts[-1]
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen weight", "trained weight"])
+def test_low_rank_term_is_that_of_the_merged_weight(reduction, frozen, impl, device):
+    x, weight, target, b = problem(device=device, bias=True)
+    u, low = low_rank_term(device=device)
+    weight.requires_grad_(not frozen)
+    ours = fused(x, weight, target, b, reduction=reduction, softcap=4.0, low_rank=(u, low), workspace_bytes=300)
+    leaves = [t.detach().double().requires_grad_() for t in (x, weight, b, u, low)]
+    h, w, bias, *low_rank = leaves
+    truth = room.reference(h, w, bias, target, low_rank=low_rank, reduction=reduction, softcap=4.0)[0]
+    torch.testing.assert_close(ours.double(), truth, rtol=2e-5, atol=2e-5)  # fp32 sums of nine rows
+    upstream = torch.randn_like(truth)
+    ours.backward(upstream.to(ours))
+    truth.backward(upstream)
+    assert (weight.grad is None) == frozen
+    for ours_of, truth_of in zip((x, weight, b, u, low), leaves):
+        if ours_of.requires_grad:
+            torch.testing.assert_close(ours_of.grad.double(), truth_of.grad, rtol=1e-4, atol=2e-5)
+
+
+def test_low_rank_term_of_a_frozen_weight_needs_no_weight_gradient(monkeypatch, device):
+    made = []
+    own = head.WeightSum.__init__
+    monkeypatch.setattr(head.WeightSum, "__init__", lambda self, *args: made.append(args[:2]) or own(self, *args))
+    x, weight, target, _ = problem(device=device)
+    fused(x, weight.requires_grad_(False), target, low_rank=low_rank_term(device=device)).backward()
+    assert made == [(21, 3)]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_entropy_comes_with_the_loss(reduction, temperature, impl, device):
+    x, weight, target, b = problem(device=device, bias=True)
+    x = x.detach().view(3, 3, 8).requires_grad_()
+    given = dict(reduction=reduction, temperature=temperature, softcap=4.0)
+    ours = fused(x, weight, target.view(3, 3), b, return_entropy=True, workspace_bytes=300, **given)
+    assert torch.equal(ours.loss, fused(x, weight, target.view(3, 3), b, workspace_bytes=300, **given))
+    logits = 4.0 * torch.tanh(torch.nn.functional.linear(x, weight, b).double() / 4.0) / temperature
+    log_p = logits.log_softmax(-1)
+    truth = -(log_p.exp() * log_p).sum(-1).where(target.view(3, 3) != -100, 0.0)
+    torch.testing.assert_close(ours.entropy.double(), truth, rtol=1e-5, atol=1e-5)  # fp32 sums of 21 classes
+    assert not ours.entropy.requires_grad
+    ours.loss.sum().backward()
+    assert x.grad.isfinite().all()
+
+
 def bad_calls():
     x, w, y, _ = problem()
+    yield r"low_rank needs shapes \(9, r\) and \(21, r\)", (x, w, y), dict(low_rank=(x, w[:, :3]))
+    yield "low_rank must be floats on cpu, got torch.float32 on meta", (x, w, y), dict(low_rank=(x, w.to("meta")))
     yield "hidden has H = 8 and needs a weight", (x, w[:, :7], y), {}
     yield r"target of shape \(8,\), expected \(9,\)", (x, w, y[:8]), {}
     yield "target must be int64 or int32", (x, w, y.float()), {}

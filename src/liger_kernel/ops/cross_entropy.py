@@ -55,6 +55,7 @@ class CrossEntropyOutput:
     z_loss: torch.Tensor | None = None
     token_accuracy: torch.Tensor | None = None
     predicted_tokens: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None  # of each token's distribution; from the fused head
 
 
 # Reference

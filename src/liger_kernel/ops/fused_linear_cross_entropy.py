@@ -46,6 +46,8 @@ class HeadOptions:
     workspace_bytes: int | None = None
     needs: tuple[bool, bool, bool] | None = None  # which of hidden, weight and bias take a gradient; None: all
     dtype: torch.dtype | None = None  # of the products; None: head.product_dtype
+    return_entropy: bool = False
+    low_rank: head.LowRank | None = None
 
 
 DEFAULT = HeadOptions()
@@ -54,7 +56,7 @@ DEFAULT = HeadOptions()
 # Reference
 
 
-def reference(x, weight, bias=None, target=None, token_weight=None, **options):
+def reference(x, weight, bias=None, target=None, token_weight=None, low_rank=None, **options):
     """The same mathematics in plain torch, differentiable: the oracle of the tests."""
     for dropped in ("accum_dtype", "workspace_bytes"):
         options.pop(dropped, None)
@@ -62,6 +64,8 @@ def reference(x, weight, bias=None, target=None, token_weight=None, **options):
         options["scale"] = options.pop("logit_scale")
     options["token_scaling"] = options.pop("use_token_scaling", False)
     logits = torch.nn.functional.linear(x, weight, bias)
+    if low_rank is not None:
+        logits = logits + torch.nn.functional.linear(*low_rank)
     out_dtype = torch.promote_types(x.dtype, torch.float32)
     return cross_entropy.reference(
         logits, target, options.pop("ce_weight", None), token_weight=token_weight, out_dtype=out_dtype, **options
@@ -88,7 +92,8 @@ def fused_linear_cross_entropy_forward(
     compute_gradients=None, weight_requires_grad=None, chunk_mem_const=_CHUNK_MEM_CONST, options=DEFAULT,
 ):  # fmt: skip
     """-> (loss, z_loss, token_accuracy, predicted_tokens, grad_input, grad_weight, grad_bias), None for what is not
-    asked. _input: (T, H). token_grad_output: (T,) gradient that arrives at each token's loss.
+    asked, then what options asks for: the two gradients of its low_rank, the entropy.
+    _input: (T, H). token_grad_output: (T,) gradient that arrives at each token's loss.
 
     The gradients are those of the sum of the losses. ce_impl, ce_mode and chunk_mem_const have no effect.
     """
@@ -100,6 +105,9 @@ def fused_linear_cross_entropy_forward(
         compute_gradients = token_grad_output is not None or _input.requires_grad or weight.requires_grad
     needs = options.needs or (True, weight_requires_grad is not False, bias is not None)
     needs = tuple(compute_gradients and n for n in needs)
+    low = options.low_rank
+    if low is not None:
+        low = dataclasses.replace(low, needs=tuple(compute_gradients and n for n in low.needs))
     factor = options.token_weight
     if token_grad_output is not None:
         factor = token_grad_output if factor is None else token_grad_output * factor.to(token_grad_output.dtype)
@@ -107,19 +115,20 @@ def fused_linear_cross_entropy_forward(
         given = prepare(target, loss, _input, ce_weight, reduction, factor, options.normalizer)
         stats, *grads = kernels(NAME, _input).forward(
             _input, weight, bias, given, loss,
-            fields=wanted(return_z_loss, return_token_accuracy, return_predicted_tokens), needs=needs,
-            dtype=options.dtype, accum_dtype=accum_dtype, workspace_bytes=options.workspace_bytes,
+            fields=wanted(return_z_loss, return_token_accuracy, return_predicted_tokens, options.return_entropy),
+            needs=needs, dtype=options.dtype, accum_dtype=accum_dtype, workspace_bytes=options.workspace_bytes,
+            **({} if low is None else {"low_rank": low}),
         )  # fmt: skip
         results = finish(
             stats, target, ignore_index, reduction, stats.loss.dtype, return_z_loss, return_token_accuracy,
             return_predicted_tokens,
         )  # fmt: skip
-    return *results, *grads
+    return *results, *grads, *((stats.entropy,) if options.return_entropy else ())
 
 
-def fused_linear_cross_entropy_backward(grad_output, grad_input, grad_weight, grad_bias):
-    """The three gradients times the 0-d grad_output, in place; None stays None."""
-    grads = grad_input, grad_weight, grad_bias
+def fused_linear_cross_entropy_backward(grad_output, grad_input, grad_weight, grad_bias, *more):
+    """The gradients times the 0-d grad_output, in place; None stays None."""
+    grads = grad_input, grad_weight, grad_bias, *more
     present = next((g for g in grads if g is not None), None)
     return grads if present is None else kernels(NAME, present).backward(grads, grad_output)
 
@@ -128,7 +137,8 @@ class LigerFusedLinearCrossEntropyFunction(GradAware):
     """apply(_input, weight, target, bias=None, ce_weight=None, ignore_index=-100, lse_square_scale=0.0,
     label_smoothing=0.0, reduction="mean", softcap=None, return_z_loss=False, accum_dtype=None,
     use_token_scaling=False, return_token_accuracy=False, return_predicted_tokens=False, ce_impl=None, ce_mode=None,
-    chunk_mem_const=1, options=HeadOptions()) -> (loss, z_loss, token_accuracy, predicted_tokens).
+    chunk_mem_const=1, options=HeadOptions(), low_inputs=None, low_weight=None)
+    -> (loss, z_loss, token_accuracy, predicted_tokens), then the entropy where options asks for it.
     """
 
     @staticmethod
@@ -136,11 +146,15 @@ class LigerFusedLinearCrossEntropyFunction(GradAware):
         ctx, _input, weight, target, bias=None, ce_weight=None, ignore_index=-100, lse_square_scale=0.0,
         label_smoothing=0.0, reduction="mean", softcap=None, return_z_loss=False, accum_dtype=None,
         use_token_scaling=False, return_token_accuracy=False, return_predicted_tokens=False, ce_impl=None,
-        ce_mode=None, chunk_mem_const=_CHUNK_MEM_CONST, options=DEFAULT,
+        ce_mode=None, chunk_mem_const=_CHUNK_MEM_CONST, options=DEFAULT, low_inputs=None, low_weight=None,
     ):  # fmt: skip
         check(_input, weight, target, bias, ce_weight, reduction, ignore_index, accum_dtype, options)
+        if low_inputs is not None:
+            head.check_low_rank(low_inputs, low_weight, _input, weight, NAME)
+            low_inputs = low_inputs.reshape(-1, low_inputs.shape[-1])
         hidden, labels, options = _input.reshape(-1, _input.shape[-1]), target.reshape(-1), flat(options, target)
         needs = (*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[3])
+        ctx.low_needs = ctx.needs_input_grad[19:]
         dtype = options.dtype or head.product_dtype(hidden)
         ctx.early = is_early(reduction, dtype)
         options = dataclasses.replace(options, needs=needs, dtype=dtype)
@@ -149,23 +163,27 @@ class LigerFusedLinearCrossEntropyFunction(GradAware):
             reduction=reduction, softcap=softcap, accum_dtype=accum_dtype, use_token_scaling=use_token_scaling,
             options=options,
         )  # fmt: skip
-        *results, d_input, d_weight, d_bias = fused_linear_cross_entropy_forward(
+        grown = any(needs) or any(ctx.low_needs)
+        made = fused_linear_cross_entropy_forward(
             hidden, weight, labels, ce_weight, bias, return_z_loss=return_z_loss,
             return_token_accuracy=return_token_accuracy, return_predicted_tokens=return_predicted_tokens,
-            compute_gradients=ctx.early and any(needs), weight_requires_grad=needs[1], **constants,
+            compute_gradients=ctx.early and grown, weight_requires_grad=needs[1],
+            **_with_low_rank(constants, low_inputs, low_weight, ctx.low_needs),
         )  # fmt: skip
         ctx.shape = _input.shape
         if ctx.early:
-            ctx.grads = d_input, d_weight, d_bias
-        elif any(needs):
-            ctx.save_for_backward(hidden, weight, labels, bias, ce_weight)
+            ctx.grads = made[4:-1] if options.return_entropy else made[4:]
+        elif grown:
+            ctx.save_for_backward(hidden, weight, labels, bias, ce_weight, low_inputs, low_weight)
+            constants["options"] = dataclasses.replace(options, return_entropy=False)
             ctx.constants = constants
-        loss, z_loss, accuracy, predicted = results
+        loss, z_loss, accuracy, predicted = made[:4]
         if reduction == "none":
             loss, z_loss = loss.view(target.shape), None if z_loss is None else z_loss.view(target.shape)
         predicted = None if predicted is None else predicted.view(target.shape)
-        ctx.mark_non_differentiable(*(r for r in (z_loss, accuracy, predicted) if r is not None))
-        return loss, z_loss, accuracy, predicted
+        entropy = (made[-1].view(target.shape),) if options.return_entropy else ()
+        ctx.mark_non_differentiable(*(r for r in (z_loss, accuracy, predicted, *entropy) if r is not None))
+        return loss, z_loss, accuracy, predicted, *entropy
 
     @staticmethod
     def backward(ctx, d_loss, *_):
@@ -176,15 +194,29 @@ class LigerFusedLinearCrossEntropyFunction(GradAware):
                     "handed out by the first (reduction='none' recomputes them each time)"
                 )
             grads, ctx.grads = ctx.grads, None
-            d_input, d_weight, d_bias = fused_linear_cross_entropy_backward(d_loss, *grads)
+            d_input, d_weight, d_bias, *low = fused_linear_cross_entropy_backward(d_loss, *grads)
         else:
-            hidden, weight, labels, bias, ce_weight = ctx.saved_tensors
+            hidden, weight, labels, bias, ce_weight, *low = ctx.saved_tensors
             tokens = d_loss.reshape(-1).expand(labels.shape[0]).contiguous()
-            *_, d_input, d_weight, d_bias = fused_linear_cross_entropy_forward(
+            d_input, d_weight, d_bias, *low = fused_linear_cross_entropy_forward(
                 hidden, weight, labels, ce_weight, bias, token_grad_output=tokens, compute_gradients=True,
-                weight_requires_grad=ctx.constants["options"].needs[1], **ctx.constants,
-            )  # fmt: skip
-        return None if d_input is None else d_input.view(ctx.shape), d_weight, None, d_bias, *[None] * 15
+                weight_requires_grad=ctx.constants["options"].needs[1],
+                **_with_low_rank(ctx.constants, *low, ctx.low_needs),
+            )[4:]  # fmt: skip
+        d_low, d_low_weight = low or (None, None)
+        if d_low is not None:
+            d_low = d_low.view(*ctx.shape[:-1], -1)
+        d_input = None if d_input is None else d_input.view(ctx.shape)
+        return d_input, d_weight, None, d_bias, *[None] * 15, d_low, d_low_weight
+
+
+def _with_low_rank(constants, inputs, weight, needs) -> dict:
+    """The constants with a low-rank term in their options; the Function itself keeps tensors apart from those."""
+    if inputs is None:
+        return constants
+    return constants | {
+        "options": dataclasses.replace(constants["options"], low_rank=head.LowRank(inputs, weight, needs))
+    }
 
 
 def flat(options, target):
@@ -218,6 +250,8 @@ def liger_fused_linear_cross_entropy(
     token_weight: torch.Tensor | None = None,
     normalizer: float | torch.Tensor | None = None,
     workspace_bytes: int | None = None,
+    return_entropy: bool = False,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor | CrossEntropyOutput:
     """Cross entropy of input (..., H) x weight (V, H)^T + bias (V,) against target (...), logits never kept whole.
 
@@ -225,14 +259,18 @@ def liger_fused_linear_cross_entropy(
     use_token_scaling, the label's detached probability multiply each token's loss. normalizer, a number or a 0-d
     tensor, divides the sum (in place of the count of tokens that reduction="mean" takes). accum_dtype: that of dW's
     sum over the chunks, default fp32; torch.bfloat16 is the lean mode. workspace_bytes: memory of a chunk of logits
-    (default LIGER_KERNEL_WORKSPACE_MB, else chosen for the device). chunk_mem_const has no effect.
+    (default LIGER_KERNEL_WORKSPACE_MB, else chosen for the device). chunk_mem_const has no effect. return_entropy adds
+    the entropy (...) of each token's distribution, 0 where it is ignored. low_rank = (u (..., r), B (V, r)) adds
+    u B^T to the logits, an adapter's share (LoRA: u = s x A^T; Hu et al. 2021, arXiv:2106.09685), trained with it.
     input and weight: any float dtypes; the product is in autocast's dtype, else input's. The loss is fp32. A
     CrossEntropyOutput where a return_* is set; only its loss is differentiable, and once.
     Raises ValueError for shapes, dtypes, devices or options that do not fit and, on a CPU or under
     LIGER_KERNEL_DEBUG=1, for a label outside [0, V); on a GPU such a row's loss and gradient are NaN.
     """
-    options = HeadOptions(logit_scale, temperature, token_weight, normalizer, workspace_bytes)
-    asked = return_z_loss, return_token_accuracy, return_predicted_tokens
+    options = HeadOptions(
+        logit_scale, temperature, token_weight, normalizer, workspace_bytes, return_entropy=return_entropy
+    )
+    asked = return_z_loss, return_token_accuracy, return_predicted_tokens, return_entropy
     arguments = (
         input, weight, target, bias, ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap,
         return_z_loss, accum_dtype, use_token_scaling, return_token_accuracy, return_predicted_tokens,
@@ -240,9 +278,11 @@ def liger_fused_linear_cross_entropy(
     if torch.compiler.is_compiling():
         from liger_kernel.ops.head_compile import traced
 
-        results = traced(*arguments, options)
+        results = traced(*arguments, options, *(low_rank or ()))
     else:
-        results = LigerFusedLinearCrossEntropyFunction.apply(*arguments, None, None, chunk_mem_const, options)
+        results = LigerFusedLinearCrossEntropyFunction.apply(
+            *arguments, None, None, chunk_mem_const, options, *(low_rank or ())
+        )
     return CrossEntropyOutput(*results) if any(asked) else results[0]
 
 
@@ -275,14 +315,14 @@ def check(hidden, weight, target, bias, ce_weight, reduction, ignore_index, accu
 # Contract
 
 
-def _case(rows, width, n_classes, dtype, device, bias=False, ignored=0.25, **options):
+def _case(rows, width, n_classes, dtype, device, bias=False, ignored=0.25, rank=0, **options):
     x = torch.randn(rows, width, dtype=dtype, device=device)
     weight = torch.randn(n_classes, width, dtype=dtype, device=device) / max(width, 1) ** 0.5
     target = torch.randint(0, n_classes, (rows,), device=device)
     target = target.where(torch.rand(rows, device=device) >= ignored, -100)
-    return Case((x, weight, torch.randn(n_classes, dtype=dtype, device=device) if bias else None), {
-        "target": target, **options
-    })  # fmt: skip
+    bias = torch.randn(n_classes, dtype=dtype, device=device) if bias else None
+    low = [torch.randn(n, rank, dtype=dtype, device=device) for n in (rows, n_classes)] if rank else []
+    return Case((x, weight, bias, *low), {"target": target, **options})
 
 
 def _cases(dtype, device):
@@ -297,7 +337,13 @@ def _cases(dtype, device):
         for r in REDUCTIONS
         for budget, more in zip(budgets, ({}, extras))
     ]
-    return [*cases, _case(7, 4, 33, dtype, device, ignored=1.0)]
+    more = [_case(7, 4, 33, dtype, device, ignored=1.0, rank=rank) for rank in (0, 2)]
+    adapted = [
+        _case(9, 16, 41, dtype, device, rank=3, reduction=r, bias=True, workspace_bytes=b)
+        for r in REDUCTIONS
+        for b in budgets
+    ]
+    return [*cases, *more, *adapted]
 
 
 def _timed(dtype, device):
@@ -305,16 +351,20 @@ def _timed(dtype, device):
     return {"x".join(map(str, s)): _case(*s, dtype, device, ignored=0.0) for s in shapes}
 
 
-def _call(x, weight, bias=None, target=None, **options):
-    result = liger_fused_linear_cross_entropy(x, weight, target, bias, **options)
+def _call(x, weight, bias=None, *low_rank, target=None, **options):
+    result = liger_fused_linear_cross_entropy(x, weight, target, bias, low_rank=low_rank or None, **options)
     if isinstance(result, torch.Tensor):
         return result
     return result.loss, result.z_loss, result.token_accuracy, result.predicted_tokens
 
 
+def _truth(x, weight, bias=None, *low_rank, **options):
+    return reference(x, weight, bias, low_rank=low_rank or None, **options)
+
+
 CONTRACT = Contract(
     call=_call,
-    reference=reference,
+    reference=_truth,
     cases=_cases,
     timed=_timed,
     bytes_moved=lambda x, weight, *args, **options: 2 * (x.numel() + weight.numel()) * x.element_size(),

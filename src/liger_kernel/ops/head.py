@@ -4,6 +4,7 @@
                              dh = dlogits W;  dW += dlogits^T h;  db += sum of dlogits
 
 Shapes    hidden: (T, H); weight: (V, H); bias: (V,); the chunk: (rows, V) in the dtype of the product.
+Low rank  logits += u B^T for u: (T, r) and B: (V, r), an adapter's: neither its sum with W nor that sum's gradient is.
 Numerics  products in the dtype torch would give them (autocast's, else hidden's); dW is summed in fp32 whatever the
           number of chunks, or in accum_dtype; one chunk needs no sum. Same bits each time.
 Ignored   rows cost no product where the host knows them, which is on a CPU.
@@ -15,17 +16,27 @@ from __future__ import annotations
 
 import functools
 import os
+from dataclasses import dataclass, replace
 
 import torch
 
 from liger_kernel.ops.core import kernels, wide
-from liger_kernel.ops.row_loss import Given, RowLoss, Stats, autocast_dtype, empty_stats
+from liger_kernel.ops.row_loss import Given, RowLoss, autocast_dtype, empty_stats
 
 MIB = 1 << 20
 WORKSPACE_ENV = "LIGER_KERNEL_WORKSPACE_MB"
 # (bytes, rows) at most of a default chunk. H100, bf16: cuBLAS gains nothing from more rows.
 CHUNK = {"cpu": (32 * MIB, 1 << 20), "gradients": (512 * MIB, 3584), "forward": (256 * MIB, 3584)}
 SLAB = 32 * MIB  # temporaries of a product that is widened by hand
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A further term of the logits, inputs (T, r) x weight (V, r)^T, and which of the two take a gradient."""
+
+    inputs: torch.Tensor
+    weight: torch.Tensor
+    needs: tuple[bool, bool] = (False, False)
 
 
 @torch.no_grad()
@@ -40,24 +51,31 @@ def run(
     dtype: torch.dtype | None = None,
     accum_dtype: torch.dtype | None = None,
     workspace_bytes: int | None = None,
-) -> tuple[Stats, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    low_rank: LowRank | None = None,
+) -> tuple:
     """The Stats of every row of hidden (T, H), and the gradients of (hidden, weight, bias) that `needs` asks for.
 
-    dtype is that of the products, see product_dtype; each gradient has the dtype of what it belongs to.
+    With low_rank, those of its inputs and weight follow. dtype is that of the products, see product_dtype; each
+    gradient has the dtype of what it belongs to.
     """
     dtype = dtype or product_dtype(hidden)
     if counts_for_free(hidden) and not (live := given.target != loss.ignore_index).all():
         kept = live.nonzero().squeeze(1)
         remaining = hidden[kept], weight, bias, given.take(kept)
-        part = run(*remaining, loss, fields, needs, dtype, accum_dtype, workspace_bytes)
-        d_hidden = None if part[1] is None else torch.zeros_like(hidden).index_copy_(0, kept, part[1])
-        return part[0].spread(kept, hidden.shape[0]), d_hidden, *part[2:]
+        low = None if low_rank is None else replace(low_rank, inputs=low_rank.inputs[kept])
+        part = list(run(*remaining, loss, fields, needs, dtype, accum_dtype, workspace_bytes, low))
+        for at, like in ((1, hidden),) if low_rank is None else ((1, hidden), (4, low_rank.inputs)):
+            if part[at] is not None:
+                part[at] = torch.zeros_like(like).index_copy_(0, kept, part[at])
+        return part[0].spread(kept, hidden.shape[0]), *part[1:]
     h_all, w = hidden.to(dtype).contiguous(), weight.to(dtype).contiguous()
     b = None if bias is None else bias.to(dtype)
     (n_rows, width), n_classes = h_all.shape, w.shape[0]
     device = hidden.device
     stats = empty_stats(n_rows, device, wide(dtype), fields)
-    rows = chunk_rows(n_rows, n_classes, dtype, device, any(needs), workspace_bytes)
+    low = None if low_rank is None else _LowRankTerm(low_rank, dtype)
+    grads = any(needs) or (low_rank is not None and any(low_rank.needs))
+    rows = chunk_rows(n_rows, n_classes, dtype, device, grads, workspace_bytes)
     n_chunks = -(-n_rows // rows)
     d_hidden = torch.empty_like(h_all) if needs[0] else None
     d_weight = d_bias = None
@@ -72,20 +90,50 @@ def run(
         j = min(i + rows, n_rows)
         h, logits = h_all[i:j], chunk[: j - i]
         project(h, w, b, logits)
-        pair.forward(logits, given.rows(i, j), loss, stats.rows(i, j), logits if any(needs) else None)
+        if low is not None:
+            low.add_logits(logits, i, j)
+        pair.forward(logits, given.rows(i, j), loss, stats.rows(i, j), logits if grads else None)
         if d_hidden is not None:
             torch.mm(logits, w, out=d_hidden[i:j])
         if d_weight is not None:
             d_weight.add(logits.t(), h)
         if d_bias is not None:
             d_bias += logits.sum(0, dtype=d_bias.dtype)
+        if low is not None:
+            low.add_gradients(logits, i, j)
     del chunk
     return (
         stats,
         None if d_hidden is None else d_hidden.to(hidden.dtype),
         None if d_weight is None else d_weight.finish(),
         None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+        *(() if low is None else low.finish()),
     )
+
+
+class _LowRankTerm:
+    """u B^T of every chunk and its gradients; the sum for B is small, so it is always wide."""
+
+    def __init__(self, term: LowRank, dtype: torch.dtype):
+        self.given, device = term, term.inputs.device
+        self.inputs, self.weight = term.inputs.to(dtype).contiguous(), term.weight.to(dtype).contiguous()
+        self.d_inputs = torch.empty_like(self.inputs) if term.needs[0] else None
+        self.d_weight = WeightSum(*term.weight.shape, wide(dtype), wide(dtype), device) if term.needs[1] else None
+
+    def add_logits(self, logits, i: int, j: int) -> None:
+        logits.addmm_(self.inputs[i:j], self.weight.t())
+
+    def add_gradients(self, d_logits, i: int, j: int) -> None:
+        if self.d_inputs is not None:
+            torch.mm(d_logits, self.weight, out=self.d_inputs[i:j])
+        if self.d_weight is not None:
+            self.d_weight.add(d_logits.t(), self.inputs[i:j])
+
+    def finish(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return (
+            None if self.d_inputs is None else self.d_inputs.to(self.given.inputs.dtype),
+            None if self.d_weight is None else self.d_weight.finish().to(self.given.weight.dtype),
+        )
 
 
 def counts_for_free(hidden: torch.Tensor) -> bool:
@@ -215,6 +263,20 @@ def widens(device_type: str, narrow: torch.dtype, wide: torch.dtype) -> bool:
     except (RuntimeError, TypeError, NotImplementedError):
         return False
     return True
+
+
+def check_low_rank(inputs, low_weight, hidden, weight, op: str) -> None:
+    """ValueError for a low-rank term that does not go with hidden (..., H) and weight (V, H)."""
+    rank = low_weight.shape[-1]
+    if inputs.shape != (*hidden.shape[:-1], rank) or low_weight.shape != (weight.shape[0], rank):
+        lead = "".join(f"{n}, " for n in hidden.shape[:-1])
+        raise ValueError(
+            f"{op}: low_rank needs shapes ({lead}r) and ({weight.shape[0]}, r), got {tuple(inputs.shape)} and "
+            f"{tuple(low_weight.shape)}"
+        )
+    for tensor in (inputs, low_weight):
+        if tensor.device != hidden.device or not tensor.is_floating_point():
+            raise ValueError(f"{op}: low_rank must be floats on {hidden.device}, got {tensor.dtype} on {tensor.device}")
 
 
 def check(hidden, weight, bias, op: str) -> None:

@@ -246,9 +246,9 @@ def rows_of(x):
     return x if x.stride(-1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 
-def wanted(z_loss: bool, accuracy: bool, predicted: bool) -> tuple[str, ...]:
+def wanted(z_loss: bool, accuracy: bool, predicted: bool, entropy: bool = False) -> tuple[str, ...]:
     """The fields of Stats that serve these requests."""
-    return ("z_loss",) * bool(z_loss) + ("predicted",) * bool(accuracy or predicted)
+    return ("z_loss",) * bool(z_loss) + ("predicted",) * bool(accuracy or predicted) + ("entropy",) * bool(entropy)
 
 
 def compute(x, given: Given, loss: RowLoss, fields, dx=None) -> Stats:
