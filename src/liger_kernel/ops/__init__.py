@@ -28,6 +28,12 @@ EXPORTS: dict[str, tuple[str, ...]] = {
     "swiglu": ("LigerFusedGateUpSiLUMulFunction", "LigerSiLUMulFunction", "swiglu_backward", "swiglu_forward"),
 }
 
+# Modules that give a room's kernels another interface.
+FORMS: dict[str, tuple[str, ...]] = {
+    "llama4_rope": ("LigerLlama4RopeFunction",),
+    "qwen2vl_mrope": ("LigerQwen2VLMRopeFunction",),
+}
+
 # Names of the liger-kernel interface that are still to come.
 NOT_BUILT = (
     "LigerAttnResFunction", "attn_res_backward", "attn_res_forward",
@@ -41,17 +47,16 @@ NOT_BUILT = (
     "LigerFusedNeighborhoodAttentionFunction",
     "LigerGroupNormFunction", "group_norm_backward", "group_norm_forward",
     "GrpoLossFunction",
-    "LigerLlama4RopeFunction",
     "LigerMHCCoeffsFunction", "LigerMHCPostResFunction", "LigerMHCPreFunction",
     "LigerMLPFunction",
     "LigerModulatedRMSNormFunction", "modulated_rms_norm_backward", "modulated_rms_norm_forward",
     "LigerMultiTokenAttentionFunction",
     "LigerPolyNormFunction", "poly_norm_backward", "poly_norm_forward",
-    "LigerQwen2VLMRopeFunction",
     "LigerSparsemaxFunction",
     "LigerTiledMLPFunction", "apply_tiled_mlp",
     "LigerTVDLossFunction",
     "LigerVocabParallelCEFunction",
 )  # fmt: skip
 
-__all__, __getattr__ = lazy_names(__name__, {f"{__name__}.{room}": names for room, names in EXPORTS.items()}, NOT_BUILT)
+_HOMES = {f"{__name__}.{module}": names for module, names in (EXPORTS | FORMS).items()}
+__all__, __getattr__ = lazy_names(__name__, _HOMES, NOT_BUILT)

@@ -111,7 +111,7 @@ def rope_backward(dq, dk, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_d
     from liger_kernel.ops.rope import prepare
 
     dq, dk, cos, sin, options = prepare(dq, dk, cos, sin, position_ids, unsqueeze_dim, rotary_dim)
-    return kernels("rope", dq).backward(dq, dk, cos, sin, *options[:3], dq.dtype, dk.dtype)
+    return kernels("rope", dq).backward(dq, dk, cos, sin, *options[:4], dq.dtype, dk.dtype)
 
 
 # fused_add_rms_norm

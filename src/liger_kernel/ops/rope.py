@@ -7,11 +7,12 @@ Styles    "half" (GPT-NeoX): x1, x2 are the halves of the first R elements of a 
           "interleaved" (RoFormer, GPT-J): x1, x2 are their even and odd elements, in cos and sin too.
           "deinterleaved" (DeepSeek): even and odd elements of x become the halves of y, as in cos and sin.
 Shapes    q (B, Hq, S, D), k (B, Hk, S, D), or (B, S, H, D) with unsqueeze_dim=2; cos, sin: (B, S, W), (1, S, W) or
-          (S, W). R = W, or rotary_dim, which W may be half of: then c1 = c2 and s1 = s2.
+          (S, W). R = W, or rotary_dim, which W may be half of: then c1 = c2 and s1 = s2. With sections (a, b, c),
+          a + b + c = R / 2, they are (3, B or 1, S, W) and their halves hold a columns of the first plane, then b, c.
 Numerics  as transformers: each product and the sum are rounded to the type torch promotes x and cos to, which is also
           the result's dtype (keep_dtype=True: x's own). backward of the kernels is fp32 with one cast at the end.
 Memory    keeps cos and sin. Results lie in memory as their inputs do; transposed views are read in place.
-Needs     q, k, cos, sin on one device. cos and sin take no gradient.
+Needs     one device. cos and sin take no gradient.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ _HEADS_AT = {1: 1, -3: 1, 2: 2, -2: 2}  # unsqueeze_dim -> the dim of q that cou
 # Reference
 
 
-def reference(q, k, cos, sin, unsqueeze_dim=1, rotary_dim=None, style="half"):
+def reference(q, k, cos, sin, unsqueeze_dim=1, rotary_dim=None, style="half", sections=None):
     """The same mathematics in plain torch, differentiable: the oracle of the tests."""
     before, after, table = STYLES[style]
+    if sections is not None:
+        cos, sin = (of_sections(t, rotary_dim or t.shape[-1], sections) for t in (cos, sin))
     cos, sin = ((t if t.dim() == 3 else t.unsqueeze(0)).unsqueeze(unsqueeze_dim) for t in (cos, sin))
     rotary = rotary_dim or cos.shape[-1]
 
@@ -72,16 +75,27 @@ def _rotate(x, dtype, rotary, before, after, c1, s1, c2, s2):
     return y
 
 
-def _forward(q, k, cos, sin, heads_at, rotary, style, q_dtype, k_dtype):
-    before, after, table = STYLES[style]
-    (c1, c2), (s1, s2) = (_halves(t.unsqueeze(heads_at), rotary, table) for t in (cos, sin))
+def of_sections(t, rotary, sections):
+    """The columns of each section from its plane: (3, B, S, W) -> (B, S, W)."""
+    parts = t.split([*sections] * (2 * t.shape[-1] // rotary), -1)
+    return torch.cat([part[i % 3] for i, part in enumerate(parts)], -1)
+
+
+def _table(t, heads_at, rotary, style, sections):
+    t = t if sections is None else of_sections(t, rotary, sections)
+    return _halves(t.unsqueeze(heads_at), rotary, STYLES[style][2])
+
+
+def _forward(q, k, cos, sin, heads_at, rotary, style, sections, q_dtype, k_dtype):
+    before, after, _ = STYLES[style]
+    (c1, c2), (s1, s2) = (_table(t, heads_at, rotary, style, sections) for t in (cos, sin))
     both = ((q, q_dtype), (k, k_dtype))
     return tuple(_rotate(x, dtype, rotary, before, after, c1, s1, c2, s2) for x, dtype in both)
 
 
-def _backward(dq, dk, cos, sin, heads_at, rotary, style, q_dtype, k_dtype):
-    before, after, table = STYLES[style]
-    (c1, c2), (s1, s2) = (_halves(t.unsqueeze(heads_at), rotary, table) for t in (cos, sin))
+def _backward(dq, dk, cos, sin, heads_at, rotary, style, sections, q_dtype, k_dtype):
+    before, after, _ = STYLES[style]
+    (c1, c2), (s1, s2) = (_table(t, heads_at, rotary, style, sections) for t in (cos, sin))
     both = ((dq, q_dtype), (dk, k_dtype))
     return tuple(_rotate(x, dtype, rotary, after, before, c1, -s2, c2, -s1) for x, dtype in both)
 
@@ -93,21 +107,22 @@ TORCH = Kernels(_forward, _backward)
 
 
 class LigerRopeFunction(torch.autograd.Function):
-    """apply(q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None, keep_dtype=False, style="half").
-
-    -> (q, k) rotated.
+    """apply(q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None, keep_dtype=False, style="half",
+    sections=None) -> (q, k) rotated.
     """
 
     @staticmethod
     def forward(
-        ctx, q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None, keep_dtype=False, style="half"
-    ):
+        ctx, q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None, keep_dtype=False, style="half",
+        sections=None,
+    ):  # fmt: skip
         if cos.requires_grad or sin.requires_grad:
             raise ValueError("rope: cos and sin take no gradient here; detach them")
         ctx.dtypes = q.dtype, k.dtype
-        q, k, cos, sin, options = prepare(q, k, cos, sin, position_ids, unsqueeze_dim, rotary_dim, keep_dtype, style)
+        shape = position_ids, unsqueeze_dim, rotary_dim, keep_dtype, style, sections
+        q, k, cos, sin, options = prepare(q, k, cos, sin, *shape)
         ctx.save_for_backward(cos, sin)
-        ctx.options = options[:3]
+        ctx.options = options[:4]
         return outputs(kernels("rope", q).forward(q, k, cos, sin, *options))
 
     @staticmethod
@@ -115,7 +130,7 @@ class LigerRopeFunction(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         dq, dk = readable(dq), readable(dk)
         dq, dk = kernels("rope", dq).backward(dq, dk, cos, sin, *ctx.options, *ctx.dtypes)
-        return dq, dk, *[None] * 7
+        return dq, dk, *[None] * 8
 
 
 # Functional
@@ -146,7 +161,29 @@ def readable(x):
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def prepare(q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None, keep_dtype=False, style="half"):
+def row_stride(t):
+    """Elements from one row of t (..., W) to the next, or None where its rows do not follow each other in memory."""
+    stride, rows = None, 1
+    for size, step in zip(t.shape[-2::-1], t.stride()[-2::-1], strict=True):
+        if size != 1:
+            stride = step if stride is None else stride
+            if step != stride * rows:
+                return None
+            rows *= size
+    return t.shape[-1] * t.stride(-1) if stride is None else stride
+
+
+def _tables(cos, sin, rotary):
+    """cos and sin in place where the kernels can read them: also the real and imaginary parts of one complex table."""
+    steps = (1,) if cos.shape[-1] == rotary else (1, 2)
+    if cos.stride() == sin.stride() and cos.stride(-1) in steps and row_stride(cos) is not None:
+        return cos, sin
+    return cos.contiguous(), sin.contiguous()
+
+
+def prepare(
+    q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None, keep_dtype=False, style="half", sections=None
+):
     """q, k, cos and sin as the pairs take them, and their options; ValueError for what cannot be honoured."""
     if isinstance(position_ids, int):  # transformers 5 has unsqueeze_dim in this place
         raise ValueError(f"rope: position_ids must be a tensor or None, got {position_ids}: name unsqueeze_dim=")
@@ -160,26 +197,35 @@ def prepare(q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None,
     batch, seq, dim = q.shape[0], q.shape[3 - heads_at], q.shape[3]
     if (k.shape[0], k.shape[3 - heads_at], k.shape[3]) != (batch, seq, dim):
         raise ValueError(f"rope: q {tuple(q.shape)} and k {tuple(k.shape)} may differ in heads (dim {heads_at}) only")
-    cos, sin = (t.unsqueeze(0) if t.dim() == 2 else t for t in (cos, sin))
+    planes = () if sections is None else (3,)
+    cos, sin = (t.unsqueeze(len(planes)) if t.dim() == 2 + len(planes) else t for t in (cos, sin))
     if cos.shape != sin.shape or cos.dtype != sin.dtype:
         raise ValueError(f"rope: cos {tuple(cos.shape)} {cos.dtype} and sin {tuple(sin.shape)} {sin.dtype} differ")
-    if cos.dim() != 3 or cos.shape[0] not in (1, batch) or cos.shape[1] != seq:
-        raise ValueError(f"rope: cos of shape {tuple(cos.shape)} does not fit batch {batch}, sequence {seq}")
+    if cos.shape[:-1] not in ((*planes, 1, seq), (*planes, batch, seq)):
+        where = f"batch {batch}, sequence {seq}" + (f", sections {tuple(sections)}" if planes else "")
+        raise ValueError(f"rope: cos of shape {tuple(cos.shape)} does not fit {where}")
     width = cos.shape[-1]
     rotary = width if rotary_dim is None else rotary_dim
     if rotary % 2 or not 0 < rotary <= dim or width not in (rotary, rotary // 2):
         raise ValueError(f"rope: cannot rotate {rotary} of {dim} elements with cos of width {width}")
+    if planes:
+        sections = tuple(sections)
+        if len(sections) != 3 or min(sections) < 0 or 2 * sum(sections) != rotary:
+            raise ValueError(f"rope: sections must be three that sum to {rotary // 2}, got {sections}")
+        if STYLES[style][2] and width == rotary:
+            raise ValueError(f"rope: sections in style {style!r} need cos of width {rotary // 2}, got {width}")
     if not q.device == k.device == cos.device == sin.device:
         raise ValueError(f"rope: q is on {q.device}, k on {k.device}, cos on {cos.device}, sin on {sin.device}")
     dtypes = (q.dtype, k.dtype) if keep_dtype else (torch.promote_types(x.dtype, cos.dtype) for x in (q, k))
-    return readable(q), readable(k), cos.contiguous(), sin.contiguous(), (heads_at, rotary, style, *dtypes)
+    cos, sin = _tables(cos, sin, rotary)
+    return readable(q), readable(k), cos, sin, (heads_at, rotary, style, sections, *dtypes)
 
 
 # Contract
 
 
-def _call(q, k, cos, sin, unsqueeze_dim=1, rotary_dim=None, style="half"):
-    return LigerRopeFunction.apply(q, k, cos, sin, None, unsqueeze_dim, rotary_dim, False, style)
+def _call(q, k, cos, sin, unsqueeze_dim=1, rotary_dim=None, style="half", sections=None):
+    return LigerRopeFunction.apply(q, k, cos, sin, None, unsqueeze_dim, rotary_dim, False, style, sections)
 
 
 def _case(shape, heads, dtype, device, width=None, batch=1, unsqueeze_dim=1, transposed=False, **options):
@@ -193,7 +239,8 @@ def _case(shape, heads, dtype, device, width=None, batch=1, unsqueeze_dim=1, tra
         return torch.randn(wanted, dtype=dtype, device=device)
 
     q, k = make(heads[0]), make(heads[1])
-    angle = torch.rand(batch, s, width or d, dtype=torch.float32, device=device) * 6.3
+    planes = (3,) if "sections" in options else ()
+    angle = torch.rand(*planes, batch, s, width or d, dtype=torch.float32, device=device) * 6.3
     table = dict(cos=angle.cos().to(dtype), sin=angle.sin().to(dtype))
     return Case((q, k), table | dict(unsqueeze_dim=unsqueeze_dim) | options)
 
@@ -212,6 +259,9 @@ def _cases(dtype, device):
             for style in ("interleaved", "deinterleaved")
             for w in (12, 6)
         ),
+        _case((2, 5, 16), (4, 2), dtype, device, sections=(2, 3, 3), transposed=True),
+        _case((2, 3, 22), (3, 2), dtype, device, 12, 2, sections=(0, 5, 1), unsqueeze_dim=2),
+        _case((2, 3, 20), (3, 2), dtype, device, 6, 2, rotary_dim=12, style="interleaved", sections=(1, 2, 3)),
         _case((0, 4, 8), (2, 2), dtype, device),
         _case((2, 0, 8), (2, 1), dtype, device, transposed=True),
     ]
@@ -227,6 +277,7 @@ def _timed(dtype, device):
         "4x4096x(32+2)x128 partial": made((4, 4096, 128), (32, 2), width=64),
         "4x4096x(32+8)x128 interleaved": made((4, 4096, 128), (32, 8), style="interleaved"),
         "4x4096x(128+1)x64 deinterleaved": made((4, 4096, 64), (128, 1), style="deinterleaved"),
+        "4x4096x(28+4)x128 multimodal": made((4, 4096, 128), (28, 4), batch=4, sections=(16, 24, 24)),
         "4x(32+8)x4096x128": _case((4, 4096, 128), (32, 8), dtype, device),
     }
 

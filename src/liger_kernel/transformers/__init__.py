@@ -16,6 +16,8 @@ _MODULES = {
     f"{_HERE}.jsd": ("LigerJSD",),
     f"{_HERE}.kl_div": ("LigerKLDIVLoss",),
     f"{_HERE}.layer_norm": ("LigerLayerNorm",),
+    f"{_HERE}.llama4_rope": ("liger_llama4_text_rotary_pos_emb", "liger_llama4_vision_rotary_pos_emb"),
+    f"{_HERE}.qwen2vl_mrope": ("liger_multimodal_rotary_pos_emb",),
     f"{_HERE}.relu_squared": ("LigerReLUSquared",),
     f"{_HERE}.rms_norm": (
         "LigerRMSNorm", "LigerRMSNormForMuseGlimmer", "LigerRMSNormForMuseGlimmerTextCentered",
@@ -38,7 +40,7 @@ _NOT_BUILT = (
     "LigerModulatedRMSNorm", "LigerMultiTokenAttention", "LigerPolyNorm",
     "LigerSparsemax",
     "LigerSwiGLUMLPForMuseGlimmer", "LigerTVDLoss", "LigerTiledGEGLUMLP", "LigerTiledSwiGLUMLP",
-    "LigerVocabParallelCrossEntropy", "liger_llama4_text_rotary_pos_emb", "liger_llama4_vision_rotary_pos_emb",
+    "LigerVocabParallelCrossEntropy",
     # apply_liger_kernel(model) patches these types too, as far as they can be verified
     *(APPLY_PREFIX + model_type for model_type in (
         "deepseek_v2", "deepseek_v3", "deepseek_v4", "exaone4", "falcon_h1", "gemma3", "gemma4", "gemma4_text", "glm4",

@@ -12,10 +12,15 @@ from liger_kernel.transformers.geglu import LigerGEGLUMLP as LigerGEGLUMLP
 from liger_kernel.transformers.jsd import LigerJSD as LigerJSD
 from liger_kernel.transformers.kl_div import LigerKLDIVLoss as LigerKLDIVLoss
 from liger_kernel.transformers.layer_norm import LigerLayerNorm as LigerLayerNorm
+from liger_kernel.transformers.llama4_rope import liger_llama4_text_rotary_pos_emb as liger_llama4_text_rotary_pos_emb
+from liger_kernel.transformers.llama4_rope import (
+    liger_llama4_vision_rotary_pos_emb as liger_llama4_vision_rotary_pos_emb,
+)
 from liger_kernel.transformers.monkey_patch import _apply_liger_kernel as _apply_liger_kernel
 from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance as _apply_liger_kernel_to_instance
 from liger_kernel.transformers.patch import apply_liger_kernel as apply_liger_kernel
 from liger_kernel.transformers.patch import revert_liger_kernel as revert_liger_kernel
+from liger_kernel.transformers.qwen2vl_mrope import liger_multimodal_rotary_pos_emb as liger_multimodal_rotary_pos_emb
 from liger_kernel.transformers.relu_squared import LigerReLUSquared as LigerReLUSquared
 from liger_kernel.transformers.report import Report
 from liger_kernel.transformers.rms_norm import LigerRMSNorm as LigerRMSNorm

@@ -11,7 +11,7 @@ import triton.language as tl
 from liger_kernel.backends import device_of
 from liger_kernel.ops.core import Kernels
 from liger_kernel.ops.kernels.blocks import cdiv, in_units, int64, launch, power_of_2_from, programs_for, rounded
-from liger_kernel.ops.rope import STYLES
+from liger_kernel.ops.rope import STYLES, row_stride
 
 # Kernels: a program takes `ROWS` tokens with all heads of q and k, so cos and sin are read once.
 
@@ -30,6 +30,26 @@ def _load_halves(at, here, R: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.conste
         x1 = tl.load(at + cols, mask=mask, other=0.0).to(tl.float32)
         x2 = tl.load(at + (R // 2 + cols), mask=mask, other=0.0).to(tl.float32)
     return x1, x2
+
+
+@triton.jit
+def _load_table(at, live, plane, W: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr, FIRST: tl.constexpr,
+                SECOND: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
+    """(c1, c2) of each token. From column FIRST of a half on the second plane is read, from SECOND on the third."""
+    if PAIRS and W == R:
+        c1, c2 = _load_halves(at, live, R, ROWS, 1, HALF, PAIRS)
+    else:
+        cols = tl.arange(0, HALF)[None, None, :]
+        mask = live & (cols < R // 2)
+        at = at + cols * STEP
+        if FIRST < R // 2:
+            at = at + ((cols >= FIRST).to(tl.int64) + (cols >= SECOND).to(tl.int64)) * plane
+        c1 = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        if W == R:
+            c2 = tl.load(at + R // 2, mask=mask, other=0.0).to(tl.float32)
+        else:
+            c2 = c1
+    return c1, c2
 
 
 @triton.jit
@@ -87,11 +107,11 @@ def _rope_kernel(
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
     stride_yb, stride_ys, stride_yh, stride_zb, stride_zs, stride_zh,
     UNIT: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    STRIDE: tl.constexpr, STEP: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
     BATCHED: tl.constexpr, BACKWARD: tl.constexpr, X_PAIRS: tl.constexpr, Y_PAIRS: tl.constexpr, C_PAIRS: tl.constexpr,
     Q_WORK: tl.constexpr, K_WORK: tl.constexpr,
     ROWS: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    cols = tl.arange(0, HALF)[None, None, :]
     for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
         token = tile * ROWS + tl.arange(0, ROWS)[:, None, None]
         live = token < T
@@ -99,17 +119,13 @@ def _rope_kernel(
         at = (token - batch * S).to(tl.int64)
         batch = batch.to(tl.int64)
         if BATCHED:
-            table = token.to(tl.int64) * W
+            table = token.to(tl.int64) * STRIDE
+            plane = int64(T) * STRIDE
         else:
-            table = at * W
-        if W == R:
-            c1, c2 = _load_halves(Cos + table, live, R, ROWS, 1, HALF, C_PAIRS)
-            s1, s2 = _load_halves(Sin + table, live, R, ROWS, 1, HALF, C_PAIRS)
-        else:
-            c1 = tl.load(Cos + table + cols, mask=live & (cols < W), other=0.0).to(tl.float32)
-            s1 = tl.load(Sin + table + cols, mask=live & (cols < W), other=0.0).to(tl.float32)
-            c2 = c1
-            s2 = s1
+            table = at * STRIDE
+            plane = int64(S) * STRIDE
+        c1, c2 = _load_table(Cos + table, live, plane, W, R, STEP, FIRST, SECOND, ROWS, HALF, C_PAIRS)
+        s1, s2 = _load_table(Sin + table, live, plane, W, R, STEP, FIRST, SECOND, ROWS, HALF, C_PAIRS)
         _rotate(
             Q, Y, (batch * stride_qb + at * stride_qs) * UNIT, (batch * stride_yb + at * stride_ys) * UNIT,
             int64(stride_qh) * UNIT, int64(stride_yh) * UNIT, live, c1, s1, c2, s2,
@@ -155,7 +171,7 @@ def _strides(x, heads_at):
     return [x.stride(d) if x.shape[d] > 1 else 0 for d in order]
 
 
-def _run(q, k, cos, sin, heads_at, rotary, style, q_dtype, k_dtype, backward, config):
+def _run(q, k, cos, sin, heads_at, rotary, style, sections, q_dtype, k_dtype, backward, config):
     before, after, table = STYLES[style]
     y, z = torch.empty_like(q, dtype=q_dtype), torch.empty_like(k, dtype=k_dtype)
     batch, seq, dim = q.shape[0], q.shape[3 - heads_at], q.shape[3]
@@ -167,11 +183,13 @@ def _run(q, k, cos, sin, heads_at, rotary, style, q_dtype, k_dtype, backward, co
     tiles = cdiv(batch * seq, config.tokens)
     strides = [s for x in (q, k, y, z) for s in _strides(x, heads_at)]
     unit = 8 if all(in_units(s, 8)[1] == 8 for s in strides) else 1
+    first, second = (rotary, rotary) if sections is None else (sections[0], sections[0] + sections[1])
     work = [_TRITON.get(torch.promote_types(x.dtype, cos.dtype), tl.float32) for x in (q, k)]
     launch(
         _rope_kernel, programs_for(tiles, q.device), q.device,
         q, k, cos, sin, y, z, batch * seq, seq, tiles, *(s // unit for s in strides),
-        UNIT=unit, HQ=q_heads, HK=k_heads, D=dim, R=rotary, W=cos.shape[-1], BATCHED=cos.shape[0] > 1,
+        UNIT=unit, HQ=q_heads, HK=k_heads, D=dim, R=rotary, W=cos.shape[-1],
+        STRIDE=row_stride(cos), STEP=cos.stride(-1), FIRST=first, SECOND=second, BATCHED=cos.shape[-3] > 1,
         BACKWARD=backward, X_PAIRS=after if backward else before, Y_PAIRS=before if backward else after, C_PAIRS=table,
         Q_WORK=work[0], K_WORK=work[1], ROWS=config.tokens, Q_HEADS=config.heads,
         K_HEADS=min(config.heads, power_of_2_from(max(k_heads, 1))), HALF=half,
@@ -180,14 +198,14 @@ def _run(q, k, cos, sin, heads_at, rotary, style, q_dtype, k_dtype, backward, co
     return y, z
 
 
-def rope_forward(q, k, cos, sin, heads_at, rotary, style, q_dtype, k_dtype, config=None):
-    """q, k: 4 dims, heads in dim `heads_at`, last dim dense; cos, sin: (B or 1, S, W) contiguous -> both rotated."""
-    return _run(q, k, cos, sin, heads_at, rotary, style, q_dtype, k_dtype, False, config)
+def rope_forward(q, k, cos, sin, heads_at, rotary, style, sections, q_dtype, k_dtype, config=None):
+    """q, k: 4 dims, heads in dim `heads_at`, last dim dense; cos, sin: rows of one `row_stride` -> both rotated."""
+    return _run(q, k, cos, sin, heads_at, rotary, style, sections, q_dtype, k_dtype, False, config)
 
 
-def rope_backward(dq, dk, cos, sin, heads_at, rotary, style, q_dtype, k_dtype, config=None):
+def rope_backward(dq, dk, cos, sin, heads_at, rotary, style, sections, q_dtype, k_dtype, config=None):
     """-> the gradients of q and k, rotated back, in fresh memory."""
-    return _run(dq, dk, cos, sin, heads_at, rotary, style, q_dtype, k_dtype, True, config)
+    return _run(dq, dk, cos, sin, heads_at, rotary, style, sections, q_dtype, k_dtype, True, config)
 
 
 KERNELS = Kernels(rope_forward, rope_backward)
