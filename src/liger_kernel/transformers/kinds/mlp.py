@@ -147,6 +147,54 @@ def verify(module: nn.Module) -> Match | Refusal | None:
     return Refusal(NAME, f"has the linears of a gated MLP but fits no known formula (closest: {closest:.0e})")
 
 
+def _down(linear: nn.Module, product: torch.Tensor, remake: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """linear(product), whose backward makes the product again from what is kept anyway instead of keeping it too.
+
+    The linear is called, so whatever it is, it keeps its own forward; only the copy of its input is not stored.
+    """
+    if type(product) is not torch.Tensor or not _may_remake():
+        return linear(product)
+    start, size = product.data_ptr(), product.numel()
+
+    def pack(kept):
+        if kept.data_ptr() == start and kept.numel() == size and kept.dtype == dtype and kept.is_contiguous():
+            return kept.shape
+        return kept
+
+    def unpack(kept):
+        return remake().view(kept) if isinstance(kept, torch.Size) else kept
+
+    dtype = product.dtype
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return linear(product)
+
+
+def _may_remake() -> bool:
+    """Not where nothing is kept, where somebody else decides what is (checkpointing, offloading), or while tracing."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    hooks = torch._C._autograd
+    recomputing = torch._C._current_graph_task_id() != -1
+    return (
+        not recomputing
+        and hooks._saved_tensors_hooks_is_enabled()
+        and not hooks._top_saved_tensors_default_hooks(False)
+    )
+
+
+def _product(form: MLP, gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+    """act(gate) * up, the two packed in one tensor where up is None."""
+    if up is None:
+        if form.activation == "silu" and form.gate_first:
+            return ops.LigerFusedGateUpSiLUMulFunction.apply(gate)
+        gate, up = gate.chunk(2, -1) if form.gate_first else reversed(gate.chunk(2, -1))
+    if form.activation == "silu":
+        return functional.liger_swiglu(gate, up)
+    if form.activation == "gelu_tanh":
+        return functional.liger_geglu(gate, up)
+    return ops.LigerGELUMulFunction.apply(gate, up, "none")
+
+
 @functools.cache
 def forward(form: MLP, name: str = "forward"):
     """The method that replaces an MLP's forward; `name` is the attribute it is bound under (pickle needs it)."""
@@ -157,20 +205,13 @@ def forward(form: MLP, name: str = "forward"):
             return type(self).forward(self, *args, **kwargs)
         x = args[0]
         gate = getattr(self, form.gate)(x)
-        if packed and form.activation == "silu" and form.gate_first:
-            return getattr(self, form.down)(ops.LigerFusedGateUpSiLUMulFunction.apply(gate))
-        if packed:
-            first, second = gate.chunk(2, -1)
-            gate, up = (first, second) if form.gate_first else (second, first)
-        else:
-            up = getattr(self, form.up)(x)
-        if form.activation == "silu":
-            product = functional.liger_swiglu(gate, up)
-        elif form.activation == "gelu_tanh":
-            product = functional.liger_geglu(gate, up)
-        else:
-            product = ops.LigerGELUMulFunction.apply(gate, up, "none")
-        return getattr(self, form.down)(product)
+        up = None if packed else getattr(self, form.up)(x)
+
+        def remake():
+            with torch.no_grad():
+                return _product(form, gate, up)
+
+        return _down(getattr(self, form.down), _product(form, gate, up), remake)
 
     method.__name__ = name
     return method
