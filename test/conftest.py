@@ -38,6 +38,15 @@ def device() -> torch.device:
 
 
 @pytest.fixture
+def on_device(device):
+    """What the test makes without naming a device, models and inputs, is made on the accelerator of this machine."""
+    if device.type != "cpu":
+        torch.set_default_device(device)
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.fixture
 def poisoned_memory(monkeypatch):
     """torch.empty returns NaN, so an output that a kernel forgot to write cannot pass."""
     for name in ("empty", "empty_like", "empty_strided"):

@@ -10,6 +10,8 @@ pytest.importorskip("transformers")
 from liger_kernel.transformers import AutoLigerKernelForCausalLM, apply_liger_kernel  # noqa: E402
 from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 
 @pytest.fixture(params=["from_config", "from_pretrained"])
 def load(request, tmp_path):
@@ -19,7 +21,7 @@ def load(request, tmp_path):
         model.save_pretrained(tmp_path)
         loaded = AutoLigerKernelForCausalLM.from_pretrained(tmp_path, **kwargs)
         for name, value in model.state_dict().items():
-            assert torch.equal(loaded.state_dict()[name], value.to(loaded.dtype)), name
+            assert torch.equal(loaded.state_dict()[name], value.to(loaded.device, loaded.dtype)), name
         return loaded
 
     return load

@@ -16,7 +16,10 @@ from liger_kernel.transformers.head import HeadLeftAlone, fuse_head, use_cross_e
 from liger_kernel.transformers.lazy_logits import LazyLogits  # noqa: E402
 from liger_kernel.transformers.models import MODELS  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:the logits of a fused LM head were used")
+pytestmark = [
+    pytest.mark.usefixtures("on_device"),
+    pytest.mark.filterwarnings("ignore:the logits of a fused LM head were used"),
+]
 
 
 # Every family of models
@@ -73,12 +76,12 @@ def test_tied_and_untied_embeddings(tied):
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bf16 weights"])
-def test_bf16(model_type, autocast):
+def test_bf16(model_type, autocast, device):
     model, fused, _ = both(model_type)
     if not autocast:
         model.bfloat16(), fused.bfloat16()
     given = tokens()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         output, other = fused(**given), model(**given)
     assert output.logits.dtype == other.logits.dtype == torch.bfloat16 and output.loss.dtype == torch.float32
     # gemma2 rounds capped logits to bf16 three times, the fused op not at all: 2^-9 of a logit of 1 at most

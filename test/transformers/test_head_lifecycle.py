@@ -17,7 +17,10 @@ from liger_kernel.transformers.fsdp import _FSDPForwardRedirection  # noqa: E402
 from liger_kernel.transformers.head import fuse_head  # noqa: E402
 from liger_kernel.transformers.lazy_logits import LazyLogits  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:the logits of a fused LM head were used")
+pytestmark = [
+    pytest.mark.usefixtures("on_device"),
+    pytest.mark.filterwarnings("ignore:the logits of a fused LM head were used"),
+]
 
 
 def test_signature_stays_so_that_trainers_see_the_columns():
@@ -110,12 +113,12 @@ def test_accelerate_hooks_still_run(first, fused_calls):
     assert Counting.calls == 2  # for the lazy logits and around the use of the weight
 
 
-def test_prepared_by_accelerate_it_stays_fused_and_comes_off(fused_calls):
+def test_prepared_by_accelerate_it_stays_fused_and_comes_off(fused_calls, device):
     accelerate = pytest.importorskip("accelerate")
     accelerate.state.AcceleratorState._reset_state(True)
     model = tiny_model("llama")
     patch = fuse_head(model)
-    prepared = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+    prepared = accelerate.Accelerator(mixed_precision="bf16", cpu=device.type == "cpu").prepare(model)
     assert isinstance(prepared(**tokens()).logits, LazyLogits) and len(fused_calls) == 1
     patch.undo()  # under accelerate's wrapper
     assert isinstance(prepared(**tokens()).logits, torch.Tensor) and len(fused_calls) == 1

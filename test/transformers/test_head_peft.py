@@ -14,7 +14,10 @@ peft = pytest.importorskip("peft")
 
 from liger_kernel.transformers.head import fuse_head  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:the logits of a fused LM head were used")
+pytestmark = [
+    pytest.mark.usefixtures("on_device"),
+    pytest.mark.filterwarnings("ignore:the logits of a fused LM head were used"),
+]
 
 ADAPTERS = {
     "lora": dict(target_modules=["lm_head", "q_proj"]),

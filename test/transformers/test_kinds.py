@@ -7,13 +7,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from support import assert_as_good_as_torch, outcome, release_ropes, tiny_model
+from support import assert_as_good_as_torch, assert_same, outcome, release_ropes, tiny_model
 
 pytest.importorskip("transformers")
 
 from liger_kernel.transformers import apply_liger_kernel, revert_liger_kernel  # noqa: E402
 from liger_kernel.transformers.kinds import probe  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("on_device")
 BODY = dict(fused_linear_cross_entropy=False)  # everything but the head
 
 
@@ -159,7 +160,8 @@ def test_a_class_never_seen_is_patched_and_computes_the_same(module, kernel, dty
     module = module().to(dtype)
     unpatched = copy.deepcopy(module)
     assert only_row(module).kernel == kernel
-    x, z = (torch.randn(3, 5, 24, dtype=dtype, generator=torch.manual_seed(1)).requires_grad_() for _ in range(2))
+    x = torch.randn(3, 5, 24, dtype=dtype).requires_grad_()
+    z = x.detach().clone().requires_grad_()
     y, wanted = module(x), unpatched(z)
     dy = torch.randn_like(y)
     y.backward(dy)
@@ -270,7 +272,8 @@ def test_a_rotation_of_any_name_is_found_where_the_model_calls_it():
     assert row.module.endswith(".rotate_of_this_test") and row.kernel == "rope half"
     assert rotate_of_this_test is not original
     inputs = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(1, 5, 8), torch.randn(1, 5, 8)
-    assert all(torch.equal(a, b) for a, b in zip(model(*inputs), original(*inputs), strict=True))
+    for a, b in zip(model(*inputs), original(*inputs), strict=True):
+        assert_same(a, b)
     revert_liger_kernel(model)
     assert rotate_of_this_test is original
 
@@ -291,12 +294,18 @@ def test_a_rotation_the_other_way_is_refused(monkeypatch):
 # Verification
 
 
-def test_global_random_state_is_untouched():
+def random_states(device):
+    own = getattr(torch.get_device_module(device), "get_rng_state", None)
+    return [torch.get_rng_state()] + ([own()] if own else [])
+
+
+def test_global_random_state_is_untouched(device):
     model = nn.Sequential(tiny_model("llama"), InventedMLP(dropout=0.5), InventedNorm(33))
     probe._verified.clear()
-    before = torch.get_rng_state()
+    before = random_states(device)
     apply_liger_kernel(model)
-    assert torch.equal(torch.get_rng_state(), before)
+    for now, then in zip(random_states(device), before, strict=True):
+        assert torch.equal(now, then)
 
 
 def test_a_hundred_layers_cost_no_more_verification_than_one(monkeypatch):

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from support import tiny_model
+from support import assert_same, assert_same_logits, tiny_model
 
 pytest.importorskip("transformers")
 
 from liger_kernel.transformers import apply_liger_kernel, functional, revert_liger_kernel  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("on_device")
 BODY = dict(fused_linear_cross_entropy=False)  # everything but the head
 MAMBA = dict(n_heads=8, d_head=16, d_state=16, n_groups=1, chunk_size=8, expand=2)
 MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32)
@@ -49,10 +50,10 @@ def test_a_model_with_gated_norms_trains_the_same(model_type, dtype):
         kernel = kernel if "group_size" in vars(model.backbone.layers[0].mixer.norm) else "silu gate_first llama"
     assert rows[name].kind == "norm" and rows[name].kernel == f"gated_rms_norm {kernel}"
     ids = torch.arange(3, 19)[None]
-    ours, theirs = (m(input_ids=ids, labels=ids, use_cache=False) for m in (model, plain))
-    assert torch.equal(ours.logits, theirs.logits)
-    ours.loss.backward()
-    theirs.loss.backward()
+    inputs = dict(input_ids=ids, labels=ids, use_cache=False)
+    assert_same_logits(model, plain, inputs)
+    for m in (model, plain):
+        m(**inputs).loss.backward()
     if dtype is not torch.float32:  # where gradients are rounded differs; test_contract.py judges them
         return
     for (label, p), q in zip(plain.named_parameters(), model.parameters(), strict=True):
@@ -135,7 +136,8 @@ def test_a_class_never_seen_is_patched_and_computes_the_same(make, kernel, dtype
     assert only_row(module).kernel == f"gated_rms_norm {kernel}"
     x, z = torch.randn(2, 5, 24, dtype=dtype), torch.randn(2, 5, 24, dtype=dtype)
     for mixed in (x, x.float()):
-        assert module(mixed, z).dtype is mixed.dtype and torch.equal(module(mixed, z), wanted(mixed, z))
+        assert module(mixed, z).dtype is mixed.dtype
+        assert_same(module(mixed, z), wanted(mixed, z))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +168,8 @@ def test_an_fp32_weight_on_a_bf16_input_gives_the_original_dtype():
     wanted = copy.deepcopy(module)
     assert only_row(module).reason is None
     x, z = (torch.randn(3, 24, dtype=torch.bfloat16) for _ in range(2))
-    assert module(x, z).dtype is torch.float32 and torch.equal(module(x, z), wanted(x, z))
+    assert module(x, z).dtype is torch.float32
+    assert_same(module(x, z), wanted(x, z))
 
 
 @pytest.fixture
@@ -197,7 +200,7 @@ def test_only_a_call_with_a_gate_like_the_input_runs_the_kernel(call, runs, coun
     wanted = copy.deepcopy(module)
     assert only_row(module).reason is None
     x, z = torch.randn(3, 24), torch.randn(3, 24)
-    assert torch.equal(call(module, x, z), call(wanted, x, z))
+    assert_same(call(module, x, z), call(wanted, x, z))
     assert len(counted) == runs
 
 

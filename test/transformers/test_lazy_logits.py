@@ -12,7 +12,10 @@ from liger_kernel.transformers.head import Gate, Window
 from liger_kernel.transformers.lazy_logits import LazyLogits
 
 B, S, H, V = 2, 7, 16, 41
-pytestmark = pytest.mark.filterwarnings("ignore:the logits of a fused LM head were used")
+pytestmark = [
+    pytest.mark.usefixtures("on_device"),
+    pytest.mark.filterwarnings("ignore:the logits of a fused LM head were used"),
+]
 
 
 class Head(torch.nn.Linear):
@@ -96,7 +99,8 @@ def test_materialized_values_are_those_of_the_tensor(steps):
     ],
     ids=str,
 )
-def test_options_of_cross_entropy_are_honoured(options, fused_calls):
+def test_options_of_cross_entropy_are_honoured(options, fused_calls, device):
+    options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     lazy, true, *_ = pair()
     target = torch.randint(0, V, (B * S,))
     target[3] = options.get("ignore_index", -100)
@@ -155,7 +159,7 @@ def test_metadata_costs_nothing():
         assert getattr(lazy, name) == getattr(true, name), name
     for name in ("size", "dim", "numel", "is_floating_point", "is_contiguous"):
         assert getattr(lazy, name)() == getattr(true, name)(), name
-    assert lazy.size(-1) == V and len(lazy) == B and lazy.to("cpu") is lazy
+    assert lazy.size(-1) == V and len(lazy) == B and lazy.to(true.device) is lazy
     assert not hasattr(lazy, "no_such_thing") and "LazyLogits" in repr(lazy)
     assert not head.computed
 
@@ -218,7 +222,7 @@ def test_copy_and_pickle_carry_the_values():
     lazy, true, *_ = pair()
     for copied in (pickle.loads(pickle.dumps(lazy)), copy.deepcopy(lazy), lazy.cpu().clone()):
         assert isinstance(copied, torch.Tensor)
-        torch.testing.assert_close(copied, true.detach() if not copied.requires_grad else true)
+        torch.testing.assert_close(copied.to(true.device), true.detach() if not copied.requires_grad else true)
 
 
 def test_logits_of_changed_weights_are_refused():
@@ -238,13 +242,13 @@ def test_logits_used_before_the_step_stay_usable():
 
 
 @pytest.mark.parametrize("now", [True, False], ids=["used inside", "used outside"])
-def test_autocast_of_the_head_decides_the_dtype(now, fused_calls):
+def test_autocast_of_the_head_decides_the_dtype(now, fused_calls, device):
     head, hidden = Head(H, V), torch.randn(B * S, H)
     target = torch.randint(0, V, (B * S,))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         lazy, true = LazyLogits(hidden, head, V), F.linear(hidden, head.weight, head.bias)
     assert lazy.dtype == true.dtype == torch.bfloat16
-    with torch.autocast("cpu", torch.bfloat16, enabled=now):
+    with torch.autocast(device.type, torch.bfloat16, enabled=now):
         loss, wanted = F.cross_entropy(lazy, target), F.cross_entropy(true, target)
     assert loss.dtype == wanted.dtype and len(fused_calls) == 1
     # outside autocast torch rounds its loss to bf16, and so must we

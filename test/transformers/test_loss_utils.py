@@ -15,6 +15,7 @@ from liger_kernel.transformers import functional  # noqa: E402
 from liger_kernel.transformers.head import fuse_head  # noqa: E402
 from liger_kernel.transformers.model import loss_utils, output_classes  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("on_device")
 V, H = 61, 16
 
 

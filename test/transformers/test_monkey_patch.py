@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from support import assert_trains_as, patched_names, release_ropes, tiny_model
+from support import assert_same, assert_same_logits, assert_trains_as, patched_names, release_ropes, tiny_model
 
 pytest.importorskip("transformers")
 
@@ -31,6 +31,7 @@ from liger_kernel.transformers.kinds import rope  # noqa: E402
 from liger_kernel.transformers.models import APPLY_PREFIX, MODELS  # noqa: E402
 from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("on_device")
 # Of a model with two layers: (norms, gated MLPs). Every norm there is, q and k norms too.
 EXPERTS = 8 if transformers.__version__ < "5" else 0  # modules of their own in transformers 4, one tensor since
 FOUND = {
@@ -64,7 +65,8 @@ def apply_to(model_type, **kwargs):
 
 
 def batch(model, rows=2, length=16):
-    ids = torch.randint(3, model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, model.config.vocab_size, (rows, length), generator=generator, device="cpu").to(model.device)
     labels = ids.clone()
     labels[0, :5] = -100
     return dict(input_ids=ids, labels=labels, use_cache=False)
@@ -114,7 +116,7 @@ def test_every_way_of_construction_is_arranged_for(build, tmp_path):
         model = transformers.AutoModelForCausalLM.from_config(first.config)
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-        assert torch.equal(model.lm_head.weight, first.lm_head.weight.bfloat16())
+        assert torch.equal(model.lm_head.weight, first.lm_head.weight.to(model.device, torch.bfloat16))
     apply_to("llama", model=first)
     assert patched_names(model) == patched_names(first)
     assert "forward" in model.__dict__ and "forward" in model.lm_head.__dict__
@@ -242,22 +244,20 @@ def test_a_patched_model_computes_what_the_original_does(model_type):
     inputs = batch(theirs)
     apply_to(model_type, model=model)
     assert_trains_as(model, theirs, **inputs)
-    with torch.no_grad():
-        assert torch.equal(model.eval()(**inputs).logits, theirs.eval()(**inputs).logits)
+    assert_same_logits(model.eval(), theirs.eval(), inputs)
 
 
 @every_row
-def test_bf16_logits_are_equal_to_the_bit(model_type):
+def test_bf16_logits_are_those_of_the_original(model_type):
     theirs = tiny_model(model_type).to(torch.bfloat16)
     model = copy.deepcopy(theirs)
     inputs = batch(theirs)
-    wanted = theirs(**inputs).logits
     apply_to(model_type, model=model, **BODY)
-    assert torch.equal(model(**inputs).logits, wanted)
+    assert_same_logits(model, theirs, inputs)
 
 
 @every_row
-def test_fp32_norms_in_a_bf16_model_keep_their_dtype(model_type):
+def test_fp32_norms_in_a_bf16_model_keep_their_dtype(model_type, device):
     theirs = tiny_model(model_type).to(torch.bfloat16)
     for module in theirs.modules():
         if type(module).__name__.endswith("RMSNorm"):
@@ -269,9 +269,9 @@ def test_fp32_norms_in_a_bf16_model_keep_their_dtype(model_type):
     mine, original = model.get_submodule(norm), theirs.get_submodule(norm)
     x = torch.randn(3, mine.weight.numel(), dtype=torch.bfloat16)
     assert mine(x).dtype is original(x).dtype
-    assert torch.equal(mine(x), original(x))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(model(**inputs).logits, theirs(**inputs).logits)
+    assert_same(mine(x), original(x))
+    with torch.autocast(device.type, torch.bfloat16):
+        assert_same_logits(model, theirs, inputs)
 
 
 # The interface

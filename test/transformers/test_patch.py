@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from support import assert_trains_as, patched_names, release_ropes, tiny_model
+from support import assert_same, assert_trains_as, patched_names, release_ropes, tiny_model
 
 pytest.importorskip("transformers")
 
 from liger_kernel.transformers import apply_liger_kernel, functional, revert_liger_kernel  # noqa: E402
 from liger_kernel.transformers.kinds import norm, probe  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("on_device")
 BODY = dict(fused_linear_cross_entropy=False)  # everything but the head
 ALL = {"rms_norm", "swiglu", "rope"}
 
@@ -215,7 +216,7 @@ def test_a_patched_model_saves_what_the_original_saves(tmp_path):
     assert model.state_dict().keys() == wanted.keys()
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path).state_dict()
-    assert all(torch.equal(loaded[name], value) for name, value in wanted.items())
+    assert all(torch.equal(loaded[name].to(value.device), value) for name, value in wanted.items())
 
 
 def test_a_model_on_meta_is_patched_without_memory():
@@ -330,7 +331,7 @@ def test_layers_compile_to_one_graph():
 
     for layer in model.model.layers:
         layer.compile(backend=backend, fullgraph=True)
-    assert torch.equal(model(input_ids=ids, use_cache=False).logits, wanted)
+    assert_same(model(input_ids=ids, use_cache=False).logits, wanted)
     assert len(graphs) == 1
 
 

@@ -18,6 +18,7 @@ from support import tiny_model
 AcceleratorState = pytest.importorskip("accelerate.state").AcceleratorState
 transformers = pytest.importorskip("transformers")
 
+from liger_kernel import backends  # noqa: E402
 from liger_kernel.transformers import revert_liger_kernel  # noqa: E402
 from liger_kernel.transformers.lazy_logits import LazyLogits  # noqa: E402
 
@@ -58,6 +59,10 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": self.ids[i], "attention_mask": torch.ones_like(labels), "labels": labels}
 
 
+def on_cpu():
+    return backends.current().device_type == "cpu"
+
+
 def trainer(tmp_path, model_type, liger, config=KERNELS, steps=4, seed=0, reverted=None, **options):
     torch.manual_seed(seed)
     model = tiny_model(model_type)
@@ -67,11 +72,14 @@ def trainer(tmp_path, model_type, liger, config=KERNELS, steps=4, seed=0, revert
     arguments = dict(
         output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=2, per_device_eval_batch_size=4,
         gradient_accumulation_steps=2, learning_rate=1e-2, logging_steps=1, report_to=[], save_strategy="no",
-        use_cpu=True, disable_tqdm=True, use_liger_kernel=liger, liger_kernel_config=config if liger else None,
+        use_cpu=on_cpu(), disable_tqdm=True, use_liger_kernel=liger, liger_kernel_config=config if liger else None,
+        adam_epsilon=1e-4,  # Adam divides by it where a gradient is 0: rounding would decide the sign of a step there
     )  # fmt: skip
+    arguments = transformers.TrainingArguments(**(arguments | options))
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs would make it a DataParallel of more rows per step
     return transformers.Trainer(
         model=model,
-        args=transformers.TrainingArguments(**(arguments | options)),
+        args=arguments,
         train_dataset=Rows(),
         eval_dataset=Rows(8),
         compute_metrics=compute_metrics,
@@ -120,7 +128,8 @@ def test_generation_after_training_is_that_of_the_stock_model(tmp_path, reverted
         made = trainer(tmp_path, "gemma2", liger, reverted=reverted)
         made.train()
         model = made.accelerator.unwrap_model(made.model).eval()
-        texts.append(model.generate(torch.arange(3, 9)[None], max_new_tokens=8, do_sample=False, pad_token_id=0))
+        start = torch.arange(3, 9, device=model.device)[None]
+        texts.append(model.generate(start, max_new_tokens=8, do_sample=False, pad_token_id=0))
     assert torch.equal(*texts)
 
 
