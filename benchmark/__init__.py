@@ -1,1 +1,7 @@
-"""Benchmarks: `python -m benchmark.run` for ops, `python -m benchmark.model` for whole training steps."""
+"""Benchmarks of the repository: `python -m benchmark.run`; `python -m benchmark.report` makes docs/benchmarks.md."""
+
+import os
+from pathlib import Path
+
+COMMITTED = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("OUT", COMMITTED))  # where new measurements go

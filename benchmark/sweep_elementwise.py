@@ -13,7 +13,8 @@ import sys
 
 import torch
 
-from benchmark.measure import ceilings, save, time_call, time_graph
+from benchmark import RESULTS
+from liger_kernel.bench.measure import ceilings, path_for, save, time_call, time_graph
 
 SHAPE = (8192, 14336)
 FLAT = [(b, w) for b in (1024, 2048, 4096, 8192) for w in (2, 4, 8, 16) if 8 <= b // (32 * w) <= 32]
@@ -79,7 +80,7 @@ def sweep(op, label, call, moved, configs):
         rows.append(row)
         try:
             assert_same(call(config=config), wanted)
-            timing = time_graph(lambda: call(config=config), samples=15, budget_s=0.2)  # noqa: B023
+            timing = time_graph(lambda: call(config=config), samples=15)  # noqa: B023
         except Exception as error:
             row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
             continue
@@ -89,7 +90,7 @@ def sweep(op, label, call, moved, configs):
         row |= {"graph_ms": timing.median, "TB/s": moved / timing.median / 1e9, "this": config}
     timed = sorted((r for r in rows if "TB/s" in r), key=lambda r: -r["TB/s"])
     for row in {r["config"]: r for r in (rows[0], *timed[:1]) if "this" in r}.values():
-        row["event_ms"] = time_call(lambda: call(config=row["this"]), samples=15, budget_s=0.2).median  # noqa: B023
+        row["event_ms"] = time_call(lambda: call(config=row["this"]), samples=15).median  # noqa: B023
     for row in rows:
         row.pop("this", None)
     for row in [rows[0], *timed[:3], *(r for r in rows[1:] if "failed" in r)]:
@@ -109,7 +110,7 @@ def main() -> int:
             rows += sweep(op, label, call, moved, configs)
         del calls, call
         torch.cuda.empty_cache()
-    print(save("sweep_elementwise", rows, ceilings()))
+    print(save(path_for("sweep_elementwise", RESULTS), rows, ceilings()))
     return 0 if not any("failed" in r for r in rows) else 1
 
 

@@ -14,7 +14,8 @@ import sys
 
 import torch
 
-from benchmark.measure import ceilings, peak_extra_mib, save, time_call, time_graph
+from benchmark import RESULTS
+from liger_kernel.bench.measure import ceilings, path_for, peak_extra_mib, save, time_call, time_graph
 from liger_kernel.ops import head, row_loss
 from liger_kernel.ops.cross_entropy import liger_cross_entropy
 from liger_kernel.ops.fused_linear_cross_entropy import liger_fused_linear_cross_entropy
@@ -70,7 +71,7 @@ def sweep_cross_entropy() -> list[dict]:
             assert relative(out.loss[:64], losses) < 1e-5 and relative(dx[:64], grads / 8192) < 5e-3
             for label, room in (("full", dx), ("no grad", None)):
                 call = lambda room=room: kernels.cross_entropy_forward(plain, given, loss, out, room, config)  # noqa: B023, E731
-                row[label] = time_graph(call, samples=12, budget_s=0.15).median
+                row[label] = time_graph(call, samples=12).median
         except Exception as error:
             row["failed"] = f"{type(error).__name__}: {str(error)[:160]}"
     good = [r for r in rows if "failed" not in r]
@@ -106,7 +107,7 @@ def gemm_floor(h, w, rows: int, gradients: bool) -> float:
                 torch.mm(logits, w, out=dh[i : i + rows])
                 dw.addmm_(logits.t(), part)
 
-    return time_call(call, samples=10, budget_s=0.4).median
+    return time_call(call, samples=10).median
 
 
 def step(h, w, y, mode: str, budget: int | None):
@@ -137,7 +138,7 @@ def sweep_head() -> list[dict]:
             h.grad = w.grad = None
             row["peak_mib"] = peak_extra_mib(call)
             h.grad = w.grad = None
-            row["ms"] = time_call(call, samples=10, budget_s=0.4).median
+            row["ms"] = time_call(call, samples=10).median
             print(f"  {mode:8} chunk {str(chunk or 'default'):8} {row['ms']:7.2f} ms {row['peak_mib']:7.0f} MiB")
         del h, w, y, call
         torch.cuda.empty_cache()
@@ -153,7 +154,7 @@ def main() -> int:
         torch.cuda.empty_cache()
     if "head" in asked:
         rows += sweep_head()
-    print(save("sweep_head", rows, ceilings()))
+    print(save(path_for("sweep_head", RESULTS), rows, ceilings()))
     return 1 if any("failed" in r for r in rows) else 0
 
 

@@ -1,11 +1,13 @@
-"""The command `liger-kernel`: demo, compare, env. What a subcommand needs is imported when it runs."""
+"""The command `liger-kernel`: demo, compare, bench, env. What a subcommand needs is imported when it runs."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import sys
+from pathlib import Path
 
+from liger_kernel import bench
 from liger_kernel._version import __version__
 
 
@@ -37,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="liger-kernel", description="Fused kernels for LLM training.")
     parser.add_argument("--version", action="version", version=f"liger-kernel {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | compare | env")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | compare | bench | env")
 
     demo = commands.add_parser("demo", help="train a small model on real text with and without the kernels")
     compare = commands.add_parser("compare", help="the same with your own model and data: what would you gain?")
@@ -50,6 +52,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--steps", type=count, help="optimiser steps of each run")
         command.add_argument("--device", help="torch device (default: the accelerator, else the CPU)")
         command.add_argument("--output", default=".", metavar="DIR", help="where the picture and the figures go")
+
+    timing = commands.add_parser("bench", help="time the kernels, or a whole model's steps, beside torch and others")
+    bench.add_arguments(timing, Path("liger-bench"))
 
     commands.add_parser("env", help="versions, devices, and which implementation runs each op")
     return parser

@@ -43,6 +43,7 @@ class Contract:
     reference is differentiable and keeps fp64; every floating tensor of args takes a gradient.
     timed(dtype, device) gives the named calls that are benchmarked and compiled offline.
     bytes_moved(*args, **kwargs) counts forward and backward, each input read once and each output written once.
+    flops(*args, **kwargs) counts the matrix products of both, of which the forward is a third; None: it has none.
     """
 
     call: Callable
@@ -50,6 +51,7 @@ class Contract:
     cases: Callable[[torch.dtype, torch.device], list[Case]]
     timed: Callable[[torch.dtype, torch.device], dict[str, Case]]
     bytes_moved: Callable[..., int]
+    flops: Callable[..., int] | None = None
 
 
 @dataclass(frozen=True)

@@ -368,4 +368,5 @@ CONTRACT = Contract(
     cases=_cases,
     timed=_timed,
     bytes_moved=lambda x, weight, *args, **options: 2 * (x.numel() + weight.numel()) * x.element_size(),
+    flops=lambda x, weight, *args, **options: 6 * x.numel() * weight.shape[0],
 )

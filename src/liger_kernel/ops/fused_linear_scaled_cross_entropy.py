@@ -180,4 +180,5 @@ CONTRACT = Contract(
     cases=_cases,
     timed=lambda dtype, device: {"8192x4096x128256": _case(8192, 4096, 128256, dtype, device)},
     bytes_moved=lambda hidden, weight, *args, **options: 2 * (hidden.numel() + weight.numel()) * hidden.element_size(),
+    flops=lambda hidden, weight, *args, **options: 6 * hidden.numel() * weight.shape[0],
 )
