@@ -25,7 +25,7 @@ def test_file_is_not_too_long(path):
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if "backends" not in p.parts], ids=name)
 def test_only_backends_name_a_device(path):
-    found = re.findall(r'["\'](?:npu|cuda|xpu|hip|mlu)["\']|torch\.(?:cuda|npu|xpu)\b', path.read_text())
+    found = re.findall(r'["\'](?:npu|cuda|xpu|hip|mlu|gcu)["\']|torch\.(?:cuda|npu|xpu)\b', path.read_text())
     assert not found, f"{found}: ask liger_kernel.backends"
 
 

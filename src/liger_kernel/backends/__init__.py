@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,38 @@ def triton_missing() -> str | None:
     return None if importlib.util.find_spec("triton") else "the package `triton` is not installed"
 
 
+def triton_for(target: str) -> Callable[[], str | None]:
+    """why_no_triton of a device whose vendor ships a Triton of its own, which calls its devices `target`."""
+
+    def why() -> str | None:
+        if (missing := triton_missing()) or os.environ.get("TRITON_INTERPRET") == "1":
+            return missing
+        from triton.runtime import driver
+
+        try:
+            found = driver.active.get_current_target().backend
+        except Exception as error:  # each vendor's driver fails in its own way
+            return f"the installed triton finds no device of its own: {error}"
+        return None if found == target else f"the installed triton is for {found!r} devices; the vendor's is needed"
+
+    return why
+
+
+def torch_has(device_type: str) -> Callable[[], bool]:
+    """is_available of a device whose functions are those of torch.<device_type>, once its package is imported."""
+
+    def available() -> bool:
+        module = getattr(torch, device_type, None)
+        return module is not None and module.is_available()
+
+    return available
+
+
+def guard_of(device_type: str) -> Callable[[torch.device], contextlib.AbstractContextManager]:
+    """guard of such a device."""
+    return lambda device: getattr(torch, device_type).device(device)
+
+
 @dataclass(frozen=True)
 class Backend:
     """Everything the rest of the library may ask about a kind of device."""
@@ -40,6 +73,7 @@ class Backend:
     cores: Callable[[torch.device], int] = lambda device: 1  # units that each run programs: SMs, CUs, vector cores
     persistent: bool = False  # True: never launch more programs than cores
     max_programs: int = 2**31 - 1  # largest 1-D grid
+    threads: bool = True  # False: a program is one vector unit, which wants long tiles and knows no warps
     warp_width: int = 32
     max_warps: int = 32
     tile_bytes: int = 256 * 1024  # what the fp32 tiles of one program may take together
@@ -67,7 +101,7 @@ failures: dict[str, str] = {}  # backend module -> why it could not be loaded
 
 @functools.cache
 def all_backends() -> dict[str, Backend]:
-    """Every known backend by name: the files of this folder, then the entry points."""
+    """Every known backend by name: the files of this folder, then the entry points, which go before them."""
     modules = [f"{__name__}.{m.name}" for m in pkgutil.iter_modules(__path__)]
     modules += [e.value for e in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)]
     found = {}
@@ -93,7 +127,7 @@ def device_of(device: torch.device) -> Backend:
 def _find(device_type: str) -> Backend:
     candidates = [b for b in all_backends().values() if b.device_type == device_type and b.default]
     usable = [b for b in candidates if b.is_available()] or candidates
-    backend = usable[0] if usable else Backend(name=device_type, device_type=device_type, is_available=lambda: True)
+    backend = usable[-1] if usable else Backend(name=device_type, device_type=device_type, is_available=lambda: True)
     _BY_TYPE[device_type] = backend
     return backend
 
@@ -107,4 +141,4 @@ def __getattr__(name: str):
 def current() -> Backend:
     """The backend of the accelerator of this process, or the CPU's where there is none."""
     order = [b for b in all_backends().values() if b.default and b.device_type != "cpu" and b.is_available()]
-    return order[0] if order else all_backends()["cpu"]
+    return device_of(torch.device(order[0].device_type if order else "cpu"))

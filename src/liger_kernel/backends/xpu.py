@@ -1,17 +1,29 @@
-"""Intel GPUs."""
+"""Intel GPUs, with torch's XPU build and the Triton that comes with it."""
+
+import functools
 
 import torch
 
-from liger_kernel.backends import Backend, triton_missing
+from liger_kernel.backends import Backend, guard_of, torch_has, triton_for, while_tracing
+
+
+@functools.cache
+def _properties(index: int):
+    return torch.xpu.get_device_properties(index)
+
+
+@while_tracing
+def cores(device: torch.device) -> int:
+    return _properties(device.index or 0).gpu_subslice_count
+
 
 BACKEND = Backend(
     name="xpu",
     device_type="xpu",
-    is_available=lambda: hasattr(torch, "xpu") and torch.xpu.is_available(),
-    why_no_triton=triton_missing,
-    cores=lambda device: torch.xpu.get_device_properties(device).max_compute_units,
-    max_warps=32,
-    guard=lambda device: torch.xpu.device(device),
-    arch=lambda device: torch.xpu.get_device_properties(device).name,
+    is_available=torch_has("xpu"),
+    why_no_triton=triton_for("xpu"),
+    cores=cores,
+    guard=guard_of("xpu"),
+    arch=lambda device: _properties(device.index or 0).name,
     comm="xccl",
 )

@@ -21,9 +21,11 @@ _handles: dict[int, dict[tuple, tuple]] = {}  # id of a kernel -> key -> (compil
 def launch(kernel, programs: int, device: torch.device, *args, **meta) -> None:
     """Run `programs` programs of a kernel on `device`, whatever device is current.
 
-    args are the kernel's parameters up to the first constexpr; meta its constexprs, num_warps and num_stages.
+    args are the kernel's parameters up to the first constexpr; meta its constexprs and num_warps.
     """
     backend = device_of(device)
+    if not backend.threads:
+        meta.pop("num_warps", None)
     if backend.stream is None or not _KEEPS_HANDLES or torch.compiler.is_compiling():
         with backend.guard(device):
             kernel[(programs,)](*args, **meta, **backend.launch)

@@ -1,0 +1,32 @@
+/* What the lowered kernels call to copy one strided block of memory to another. */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct {
+  int64_t rank;
+  void *descriptor; /* allocated, aligned, offset, sizes[rank], strides[rank] */
+} Memref;
+
+void memrefCopy(int64_t size, const Memref *from, const Memref *to) {
+  int64_t rank = from->rank, *f = from->descriptor, *t = to->descriptor;
+  const int64_t *sizes = f + 3, *from_strides = f + 3 + rank, *to_strides = t + 3 + rank;
+  const char *source = (const char *)f[1] + f[2] * size;
+  char *target = (char *)t[1] + t[2] * size;
+  for (int64_t d = 0; d < rank; d++)
+    if (sizes[d] <= 0) return;
+  int64_t *at = calloc(rank + 1, sizeof *at);
+  for (;;) {
+    const char *s = source;
+    char *d = target;
+    for (int64_t k = 0; k < rank; k++) {
+      s += at[k] * from_strides[k] * size;
+      d += at[k] * to_strides[k] * size;
+    }
+    memcpy(d, s, size);
+    int64_t k = rank - 1;
+    while (k >= 0 && ++at[k] == sizes[k]) at[k--] = 0;
+    if (k < 0) break;
+  }
+  free(at);
+}
