@@ -93,3 +93,9 @@ def test_where_hooks_are_forbidden_the_product_is_kept(device, products):
     with torch.autograd.graph.disable_saved_tensors_hooks("forbidden here"):
         gradients(model, torch.randint(3, 200, (2, 16), device=device))
     assert len(products) == 2
+
+
+def test_the_environment_can_have_it_kept(device, products, monkeypatch):
+    monkeypatch.setenv(mlp.KEEP, "1")
+    gradients(patched(PAIRED, device), torch.randint(3, 200, (2, 16), device=device))
+    assert len(products) == 2

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from liger_kernel.transformers.kinds.probe import MAX_ERROR, MIN_SAME, Match, Re
 
 NAME = "mlp"
 ROWS = (4, 7)
+KEEP = "LIGER_KERNEL_KEEP_MLP_PRODUCT"
 
 # activation -> (flag, what torch computes)
 ACTIVATIONS: dict[str, tuple[str, Callable]] = {
@@ -151,6 +153,7 @@ def _down(linear: nn.Module, product: torch.Tensor, remake: Callable[[], torch.T
     """linear(product), whose backward makes the product again from what is kept anyway instead of keeping it too.
 
     The linear is called, so whatever it is, it keeps its own forward; only the copy of its input is not stored.
+    H100, a step of a 1B LLaMA at 8x2048: 27.2 -> 23.2 GiB for 1.8 % of its time.
     """
     if type(product) is not torch.Tensor or not _may_remake():
         return linear(product)
@@ -171,7 +174,7 @@ def _down(linear: nn.Module, product: torch.Tensor, remake: Callable[[], torch.T
 
 def _may_remake() -> bool:
     """Not where nothing is kept, where somebody else decides what is (checkpointing, offloading), or while tracing."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or os.environ.get(KEEP, "0") not in ("", "0"):
         return False
     hooks = torch._C._autograd
     recomputing = torch._C._current_graph_task_id() != -1
