@@ -39,9 +39,9 @@ MODELS = {
     "tiny": Model(64, 128, 2, 4, 2, 16, 512, tied=True, batch=2, seq=16),
 }
 
-# op -> the shapes of its contract that stand in the table
+# op -> the shapes of its contract that stand in the table; 128x1024 is small, so that what it takes is host time
 TABLE = {
-    "rms_norm": ("16384x4096", "8192x8192", "65536x1024", "1048576x128"),
+    "rms_norm": ("16384x4096", "8192x8192", "65536x1024", "1048576x128", "128x1024"),
     "fused_add_rms_norm": ("16384x4096",),
     "layer_norm": ("16384x4096",),
     "swiglu": ("8192x14336",),

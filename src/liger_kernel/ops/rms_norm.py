@@ -155,7 +155,7 @@ def _cases(dtype, device):
 
 
 def _timed(dtype, device):
-    shapes = ((16384, 4096), (8192, 8192), (65536, 1024), (1048576, 128), (2048, 65536), (512, 262144))
+    shapes = ((16384, 4096), (8192, 8192), (65536, 1024), (1048576, 128), (128, 1024), (2048, 65536), (512, 262144))
     return {f"{rows}x{cols}": _case((rows, cols), dtype, device) for rows, cols in shapes}
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 
+from liger_kernel.backends import device_of
 from liger_kernel.ops.core import Kernels
 from liger_kernel.ops.kernels.blocks import RowTiles, as_rows, int64, launch
 
@@ -13,84 +16,108 @@ from liger_kernel.ops.kernels.blocks import RowTiles, as_rows, int64, launch
 
 
 @triton.jit(do_not_specialize=["R"])
-def _forward_kernel(X, Y, R, N, ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr):
+def _forward_kernel(X, Y, R, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, BLOCK)[None, :]
     for tile in range(tl.program_id(0), tl.cdiv(R, ROWS), tl.num_programs(0)):
         base = int64(tile) * ROWS * N
-        live = tile * ROWS + row < R
-        if LOOP:
-            # Each lane keeps its own maximum and sum; starts at the lowest fp32, as -inf minus -inf is NaN.
-            top = tl.full((ROWS, BLOCK), -3.4028234663852886e38, dtype=tl.float32)
-            total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-            for start in range(0, N, BLOCK):
-                mask = live & (start + cols < N)
-                x = tl.load(X + base + row * N + start + cols, mask=mask, other=float("-inf")).to(tl.float32)
-                higher = tl.maximum(top, x)
-                total = total * tl.exp(top - higher) + tl.exp(x - higher)
-                top = higher
-            largest = tl.max(top, axis=1)[:, None]
-            scale = 1 / tl.sum(total * tl.exp(top - largest), axis=1)[:, None]
-            for start in range(0, N, BLOCK):
-                mask = live & (start + cols < N)
-                x = tl.load(X + base + row * N + start + cols, mask=mask, other=float("-inf")).to(tl.float32)
-                y = tl.exp(x - largest) * scale
-                tl.store(Y + base + row * N + start + cols, y.to(Y.dtype.element_ty), mask=mask)
-        else:
-            mask = live & (cols < N)
-            x = tl.load(X + base + row * N + cols, mask=mask, other=float("-inf")).to(tl.float32)
-            e = tl.exp(x - tl.max(x, axis=1)[:, None])
-            y = e * (1 / tl.sum(e, axis=1)[:, None])
-            tl.store(Y + base + row * N + cols, y.to(Y.dtype.element_ty), mask=mask)
+        mask = (tile * ROWS + row < R) & (cols < N)
+        x = tl.load(X + base + row * N + cols, mask=mask, other=float("-inf")).to(tl.float32)
+        e = tl.exp(x - tl.max(x, axis=1)[:, None])
+        y = e * (1 / tl.sum(e, axis=1)[:, None])
+        tl.store(Y + base + row * N + cols, y.to(Y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["R"])
-def _backward_kernel(dY, Y, dX, R, N, ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr):
+def _backward_kernel(dY, Y, dX, R, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, BLOCK)[None, :]
     for tile in range(tl.program_id(0), tl.cdiv(R, ROWS), tl.num_programs(0)):
         base = int64(tile) * ROWS * N
-        live = tile * ROWS + row < R
-        if LOOP:
-            products = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-            for start in range(0, N, BLOCK):
-                mask = live & (start + cols < N)
-                y = tl.load(Y + base + row * N + start + cols, mask=mask, other=0.0).to(tl.float32)
-                dy = tl.load(dY + base + row * N + start + cols, mask=mask, other=0.0).to(tl.float32)
-                products += dy * y
-            dot = tl.sum(products, axis=1)[:, None]
-            for start in range(0, N, BLOCK):
-                mask = live & (start + cols < N)
-                y = tl.load(Y + base + row * N + start + cols, mask=mask, other=0.0).to(tl.float32)
-                dy = tl.load(dY + base + row * N + start + cols, mask=mask, other=0.0).to(tl.float32)
-                tl.store(dX + base + row * N + start + cols, (y * (dy - dot)).to(dX.dtype.element_ty), mask=mask)
-        else:
-            mask = live & (cols < N)
-            y = tl.load(Y + base + row * N + cols, mask=mask, other=0.0).to(tl.float32)
-            dy = tl.load(dY + base + row * N + cols, mask=mask, other=0.0).to(tl.float32)
-            dot = tl.sum(dy * y, axis=1)[:, None]
-            tl.store(dX + base + row * N + cols, (y * (dy - dot)).to(dX.dtype.element_ty), mask=mask)
+        mask = (tile * ROWS + row < R) & (cols < N)
+        y = tl.load(Y + base + row * N + cols, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dY + base + row * N + cols, mask=mask, other=0.0).to(tl.float32)
+        dot = tl.sum(dy * y, axis=1)[:, None]
+        tl.store(dX + base + row * N + cols, (y * (dy - dot)).to(dX.dtype.element_ty), mask=mask)
+
+
+# A row that does not fit one block is walked twice. The second walk goes backwards: it begins with what was read last,
+# which the cache still holds where it does not hold whole rows.
+
+
+@triton.jit(do_not_specialize=["R"])
+def _forward_walk_kernel(X, Y, R, N, BLOCK: tl.constexpr, VEC: tl.constexpr):
+    LANES: tl.constexpr = BLOCK // VEC  # each keeps its own maximum and sum
+    lane = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    cols = tl.arange(0, BLOCK)
+    for row in range(tl.program_id(0), R, tl.num_programs(0)):
+        base = int64(row) * N
+        top = tl.full((LANES,), -3.4028234663852886e38, dtype=tl.float32)  # finite: -inf minus -inf is NaN
+        total = tl.zeros((LANES,), dtype=tl.float32)
+        for start in range(0, N, BLOCK):
+            mask = start + lane < N
+            x = tl.load(X + base + start + lane, mask=mask, other=float("-inf"), eviction_policy="evict_last")
+            x = x.to(tl.float32)
+            higher = tl.maximum(top, tl.max(x, axis=1))
+            total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher[:, None]), axis=1)
+            top = higher
+        largest = tl.max(top, axis=0)
+        scale = 1 / tl.sum(total * tl.exp(top - largest), axis=0)
+        end = tl.cdiv(N, BLOCK) * BLOCK
+        for back in range(BLOCK, end + BLOCK, BLOCK):
+            start = end - back
+            mask = start + cols < N
+            x = tl.load(X + base + start + cols, mask=mask, other=float("-inf"), eviction_policy="evict_first")
+            y = tl.exp(x.to(tl.float32) - largest) * scale
+            tl.store(Y + base + start + cols, y.to(Y.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+
+
+@triton.jit(do_not_specialize=["R"])
+def _backward_walk_kernel(dY, Y, dX, R, N, BLOCK: tl.constexpr):
+    cols = tl.arange(0, BLOCK)
+    for row in range(tl.program_id(0), R, tl.num_programs(0)):
+        base = int64(row) * N
+        products = tl.zeros((BLOCK,), dtype=tl.float32)
+        for start in range(0, N, BLOCK):
+            mask = start + cols < N
+            y = tl.load(Y + base + start + cols, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+            dy = tl.load(dY + base + start + cols, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+            products += dy * y
+        dot = tl.sum(products, axis=0)
+        end = tl.cdiv(N, BLOCK) * BLOCK
+        for back in range(BLOCK, end + BLOCK, BLOCK):
+            start = end - back
+            mask = start + cols < N
+            y = tl.load(Y + base + start + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            dy = tl.load(dY + base + start + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            dx = (y * (dy - dot)).to(dX.dtype.element_ty)
+            tl.store(dX + base + start + cols, dx, mask=mask, eviction_policy="evict_first")
 
 
 # Launchers
 
 
-def _choose(rows, cols, device):
-    """A row that fits is one tile; the loop over one that does not keeps two more tiles."""
-    whole = RowTiles.choose(rows, cols, device, live=2)
-    return RowTiles.choose(rows, cols, device, live=4) if whole.loop else whole
+def _choose(rows, cols, device, live):
+    """A row that fits is one tile. Of those that do not, a core walks one at a time, so that the cache holds them."""
+    tiles = RowTiles.choose(rows, cols, device, live=live)
+    if not tiles.loop:
+        return tiles
+    tiles = RowTiles.choose(rows, cols, device, live=4)
+    return replace(tiles, programs=min(tiles.programs, device_of(device).cores(device)))
 
 
 def softmax_forward(x, tiles=None):
     """x: (..., N) contiguous -> y like x."""
     rows, cols = as_rows(x)
     y = torch.empty_like(x)
-    if x.numel():
-        tiles = tiles or _choose(rows, cols, x.device)
-        launch(
-            _forward_kernel, tiles.programs, x.device,
-            x, y, rows, cols, ROWS=tiles.rows, BLOCK=tiles.block, LOOP=tiles.loop, num_warps=tiles.num_warps,
-        )  # fmt: skip
+    if not x.numel():
+        return y
+    tiles = tiles or _choose(rows, cols, x.device, live=2)
+    if tiles.loop:
+        vec = 16 // x.element_size()
+        _launch(_forward_walk_kernel, tiles, x.device, x, y, rows, cols, BLOCK=tiles.block, VEC=vec)
+    else:
+        _launch(_forward_kernel, tiles, x.device, x, y, rows, cols, ROWS=tiles.rows, BLOCK=tiles.block)
     return y
 
 
@@ -98,13 +125,19 @@ def softmax_backward(dy, y, tiles=None):
     """dy, y: (..., N) contiguous -> dx like y."""
     rows, cols = as_rows(y)
     dx = torch.empty_like(y)
-    if y.numel():
-        tiles = tiles or RowTiles.choose(rows, cols, y.device, live=4)
-        launch(
-            _backward_kernel, tiles.programs, y.device,
-            dy, y, dx, rows, cols, ROWS=tiles.rows, BLOCK=tiles.block, LOOP=tiles.loop, num_warps=tiles.num_warps,
-        )  # fmt: skip
+    if not y.numel():
+        return dx
+    # Two tiles of a 2-byte dtype take the registers of one in fp32.
+    tiles = tiles or _choose(rows, cols, y.device, live=2 if y.element_size() <= 2 else 4)
+    if tiles.loop:
+        _launch(_backward_walk_kernel, tiles, y.device, dy, y, dx, rows, cols, BLOCK=tiles.block)
+    else:
+        _launch(_backward_kernel, tiles, y.device, dy, y, dx, rows, cols, ROWS=tiles.rows, BLOCK=tiles.block)
     return dx
+
+
+def _launch(kernel, tiles, device, *args, **meta):
+    launch(kernel, tiles.programs, device, *args, **meta, num_warps=tiles.num_warps)
 
 
 KERNELS = Kernels(softmax_forward, softmax_backward)
