@@ -69,6 +69,7 @@ class Stats:
     lse: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     predicted: torch.Tensor | None = None  # int64
+    mean: torch.Tensor | None = None  # of the logits
 
     def rows(self, i: int, j: int) -> Stats:
         cut = {f: v[i:j] for f in FIELDS if (v := getattr(self, f)) is not None}
@@ -83,7 +84,7 @@ class Stats:
         return dataclasses.replace(self, **wide)
 
 
-FIELDS = ("loss", "z_loss", "lse", "entropy", "predicted")
+FIELDS = ("loss", "z_loss", "lse", "entropy", "predicted", "mean")
 
 
 def empty_stats(n_rows: int, device: torch.device, dtype: torch.dtype, wanted) -> Stats:
@@ -132,6 +133,8 @@ def _rows(x, given, loss, out, dx):
     z_y = z.gather(1, y)
     if out.predicted is not None:
         out.predicted.copy_(z.argmax(1).where(live, -1))
+    if out.mean is not None:
+        out.mean.copy_(z.mean(1).where(live, 0.0))
     smooth = None
     if eps:
         lower = z - z_y

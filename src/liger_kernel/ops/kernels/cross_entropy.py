@@ -47,7 +47,7 @@ def _log1p(x):
 @triton.jit(do_not_specialize=["R"])
 def liger_cross_entropy_kernel(
     X, dX, Target, W, Wsum, Norm, Factor, dLse, dEntropy, Loss, Zloss, Lse, Entropy, Predicted,
-    R, V, x_stride, d_stride,
+    Mean, R, V, x_stride, d_stride,
     IGNORE: tl.constexpr, SMOOTHING: tl.constexpr, Z_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SCALE: tl.constexpr,
     TEMPERATURE: tl.constexpr, TOKEN_SCALING: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
@@ -68,6 +68,7 @@ def liger_cross_entropy_kernel(
         total = tl.zeros((LANES,), dtype=tl.float32)
         moment = tl.zeros((LANES,), dtype=tl.float32)
         lower = tl.zeros((LANES,), dtype=tl.float32)
+        sum_z = tl.zeros((LANES,), dtype=tl.float32)
         best = tl.full((LANES,), 0, tl.int32)
         n_read = tl.where(live, V, 0)
         for start in range(0, n_read, LANES * VEC):
@@ -75,6 +76,8 @@ def liger_cross_entropy_kernel(
             mask = cols < V
             x = tl.load(X + base + cols, mask=mask, other=0.0, eviction_policy="evict_last")
             z = _logit(x, SOFTCAP, SCALE, TEMPERATURE)
+            if Mean is not None:
+                sum_z += tl.sum(z, axis=1)  # beyond the row z is 0
             if SMOOTHING != 0.0:
                 below = tl.where(mask, z - z_y, 0.0)
                 if W is not None:
@@ -135,6 +138,8 @@ def liger_cross_entropy_kernel(
             entropy = log_whole - away / whole
             if Entropy is not None:
                 tl.store(Entropy + row, tl.where(live, entropy, 0.0))
+        if Mean is not None:
+            tl.store(Mean + row, tl.where(live, tl.sum(sum_z, axis=0) / V, 0.0))
         if Predicted is not None:
             largest = tl.max(top, axis=0)
             winner = tl.min(tl.where(top == largest, best, V), axis=0)
@@ -236,7 +241,7 @@ def cross_entropy_forward(x, given, loss, out, dx, config: Config | None = None)
         liger_cross_entropy_kernel, programs, x.device,
         x, dx, given.target, given.weight, given.weight_sum if given.weight is not None else None, given.norm,
         given.factor, given.d_lse, given.d_entropy, out.loss, out.z_loss, out.lse, out.entropy, out.predicted,
-        n_rows, n_classes, x.stride(0), dx.stride(0) if dx is not None else 0,
+        out.mean, n_rows, n_classes, x.stride(0), dx.stride(0) if dx is not None else 0,
         IGNORE=loss.ignore_index, SMOOTHING=float(loss.label_smoothing), Z_SCALE=float(loss.lse_square_scale),
         SOFTCAP=None if loss.softcap is None else float(loss.softcap), SCALE=float(loss.scale),
         TEMPERATURE=float(loss.temperature), TOKEN_SCALING=bool(loss.token_scaling), LANES=config.lanes,

@@ -1,0 +1,81 @@
+"""What the losses share: an autograd Function over liger_kernel.ops.head_groups, and the checks of its inputs."""
+
+from __future__ import annotations
+
+import torch
+
+from liger_kernel.ops import head, head_groups
+from liger_kernel.ops.core import kernels
+from liger_kernel.ops.head_groups import Batch, Outcome
+from liger_kernel.ops.row_loss import GradAware, RowLoss, check_target
+
+IGNORE_INDEX = -100
+
+
+class HeadLoss(GradAware):
+    """A loss over a head, of hidden (B, L, H), weight (V, H) and bias (V,), which stand at PLACES of apply's arguments.
+
+    The gradients are formed in the forward where that is cheaper, so a second backward may raise a RuntimeError.
+    """
+
+    PLACES = (0, 1, 3)
+
+    @classmethod
+    def solve(cls, ctx, batch: Batch, objective, sides, couples_batch=False, fields=()) -> Outcome:
+        """The outcome of head_groups.run, which the backward continues."""
+        needs = tuple(ctx.needs_input_grad[place] for place in cls.PLACES)
+        ctx.needs = *needs[:2], batch.bias is not None and needs[2]
+        outcome = head_groups.run(batch, objective, sides, ctx.needs, couples_batch, fields)
+        ctx.places, ctx.grads, ctx.spent = cls.PLACES, outcome.grads, False
+        if outcome.d_log_prob is not None:
+            ctx.save_for_backward(batch.hidden, batch.weight, batch.bias, batch.target, outcome.d_log_prob)
+            ctx.constants = batch.loss, batch.dtype
+        return outcome
+
+    @staticmethod
+    def backward(ctx, d_loss, *_):
+        found = [None] * len(ctx.needs_input_grad)
+        if ctx.saved_tensors:
+            *inputs, d_log_prob = ctx.saved_tensors
+            grads = head_groups.backward(Batch(*inputs, *ctx.constants), d_log_prob * d_loss, ctx.needs)
+        elif ctx.spent:
+            raise RuntimeError("a second backward through the same graph: the gradients were handed out by the first")
+        else:
+            grads, ctx.grads, ctx.spent = ctx.grads or (), None, True
+            grads = [g if g is None else kernels("cross_entropy", g).backward(g, d_loss) for g in grads]
+        for place, grad in zip(ctx.places, grads):
+            found[place] = grad
+        return tuple(found)
+
+
+def row_loss(ignore_index=IGNORE_INDEX, softcap=None, logit_scale=1.0, temperature=1.0) -> RowLoss:
+    return RowLoss(ignore_index, softcap=softcap, scale=logit_scale, temperature=temperature)
+
+
+def batch_of(hidden, weight, bias, target, loss: RowLoss, per_unit: int, op: str) -> Batch:
+    """ValueError for what does not go together."""
+    head.check(hidden, weight, bias, op)
+    if hidden.dim() != 3 or target.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"{op}: expected hidden states (B, L, H) and a target (B, L), got {tuple(hidden.shape)} and "
+            f"{tuple(target.shape)}"
+        )
+    if target.shape[0] % per_unit:
+        raise ValueError(f"{op}: a batch of chosen, then rejected sequences is even, got {target.shape[0]}")
+    check_target(target.numel(), weight.shape[0], target.reshape(-1), hidden.device, loss, op)
+    return Batch(hidden, weight, bias, target, loss, head.product_dtype(hidden), per_unit)
+
+
+def log_probs_of(hidden, weight, bias, target, loss: RowLoss, op: str) -> torch.Tensor:
+    """(B, L) log-probabilities of the targets, 0 where ignored, without gradients: those of a reference model."""
+    if hidden is None or weight is None:
+        raise ValueError(f"{op}: the reference model needs ref_input and ref_weight")
+    stats = head_groups.row_stats(batch_of(hidden, weight, bias, target, loss, 1, op))
+    return stats.loss.neg().view(target.shape)
+
+
+def detached(value):
+    """value, a tensor, number or (nested) tuple of them, cut from the graph."""
+    if isinstance(value, tuple):
+        return tuple(detached(v) for v in value)
+    return value.detach() if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,55 @@
+"""Plain formulas of the alignment losses on whole logits, and how the fused ones are held against them."""
+
+import torch
+from torch.nn.functional import linear
+
+# Of the largest value: some ten roundings of fp32, for sums over tokens, vocabulary and hidden width in another order.
+FP32 = 1e-5
+
+
+def token_logps(hidden, weight, bias, target, live, softcap=None, logit_scale=1.0, temperature=1.0):
+    """(log-probabilities (B, L), 0 where not live; the logits)."""
+    z = linear(hidden, weight, bias) * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    z = z / temperature
+    picked = z.log_softmax(-1).gather(-1, target.where(live, 0)[..., None]).squeeze(-1)
+    return picked.masked_fill(~live, 0.0), z
+
+
+def leaves(given, dtype, names=("hidden", "weight", "bias")):
+    """Copies of the tensors in dtype; those named take gradients."""
+    copies = {}
+    for name, value in given.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            value = value.detach().to(dtype).clone().requires_grad_(name in names)
+        copies[name] = value
+    return copies
+
+
+def outcome(run, given, dtype, upstream=1.7):
+    """(loss, metrics, gradients of hidden, weight and bias for an upstream gradient)."""
+    inputs = leaves(given, dtype)
+    loss, metrics = run(**inputs)
+    wanted = [inputs[name] for name in ("hidden", "weight", "bias") if inputs.get(name) is not None]
+    return loss.detach(), metrics, torch.autograd.grad(loss * upstream, wanted)
+
+
+def assert_close(ours, truth, what, rtol=FP32):
+    assert ours.shape == truth.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(truth.shape)}"
+    assert not ours.isnan().any(), f"{what}: NaN"
+    if ours.numel():
+        error, size = (ours.double() - truth.double()).abs().max().item(), truth.abs().max().item()
+        assert error <= rtol * max(size, 1e-2), f"{what}: error {error:.2e} of {size:.2e}"
+
+
+def assert_same(run, formula, given, rtol=FP32):
+    """Loss, every metric and every gradient of an fp32 run are those of the formula in fp64."""
+    truth, found = outcome(formula, given, torch.float64), outcome(run, given, torch.float32)
+    assert_close(found[0], truth[0], "loss", rtol)
+    assert len(found[1]) == len(truth[1])
+    for i, (ours, other) in enumerate(zip(found[1], truth[1], strict=True)):
+        assert not ours.requires_grad
+        assert_close(ours, other.detach(), f"metric {i}", rtol)
+    for i, (ours, other) in enumerate(zip(found[2], truth[2], strict=True)):
+        assert_close(ours, other, f"gradient {i}", rtol)
