@@ -120,11 +120,11 @@ def test_skip_logits_builds_no_logits_in_evaluation(fused_calls):
 
 @pytest.mark.parametrize("model_type", MODELS)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_token_accuracy_and_predicted_tokens_on_request(model_type, training):
+def test_token_accuracy_predicted_tokens_and_entropy_on_request(model_type, training):
     model, fused, _ = both(model_type)
     model.train(training), fused.train(training)
     given = tokens()
-    output = fused(**given, return_token_accuracy=True, return_predicted_tokens=True)
+    output = fused(**given, return_token_accuracy=True, return_predicted_tokens=True, return_entropy=True)
     other = model(**given)
     shifted = F.pad(given["labels"], (0, 1), value=-100)[:, 1:]
     kept = shifted != -100
@@ -132,6 +132,8 @@ def test_token_accuracy_and_predicted_tokens_on_request(model_type, training):
     assert output.token_accuracy.dim() == 0
     torch.testing.assert_close(output.token_accuracy, (top == shifted)[kept].float().mean())
     assert torch.equal(output.predicted_tokens.view_as(top)[kept], top[kept])
+    entropy = torch.distributions.Categorical(logits=other.logits.detach()).entropy()
+    torch.testing.assert_close(output.entropy.view_as(top), entropy.where(kept, 0.0))
     assert isinstance(output, type(other)) and isinstance(output.logits, LazyLogits if training else torch.Tensor)
     torch.testing.assert_close(output.loss, other.loss)
 
@@ -143,9 +145,17 @@ def test_tuple_output_carries_the_requested_values_last():
 
 
 @pytest.mark.parametrize("items", [6, torch.tensor(6)], ids=str)
-def test_num_items_in_batch(items):
+def test_num_items_in_batch(items, fused_calls):
     model, fused, _ = both()
     agree(model, fused, tokens(), num_items_in_batch=items)
+    assert fused_calls[0]["normalizer"] is items  # divides where the gradient is formed, not after its rounding
+
+
+def test_num_items_in_batch_of_a_batch_with_none():
+    _, fused, _ = both()
+    loss = fused(**tokens(), num_items_in_batch=torch.tensor(0)).loss
+    loss.backward()
+    assert loss == 0 and all(not p.grad.any() for p in fused.parameters())
 
 
 def test_shift_labels_alone_give_a_loss():

@@ -23,12 +23,13 @@ from torch.nn import functional as torch_functional
 from liger_kernel.backends import while_tracing
 from liger_kernel.transformers import functional
 from liger_kernel.transformers.head_weight import (
-    extended_inputs,
+    adapter_inputs,
+    adapters_of,
     is_foldable,
     is_lora,
     is_peft,
     linear_of,
-    weight_and_bias,
+    parameters_of,
     why_not_linear,
     why_not_lora,
 )
@@ -37,7 +38,12 @@ from liger_kernel.transformers.model import loss_utils
 from liger_kernel.transformers.model.output_classes import with_results
 
 # Keywords of the patched forward that transformers' forwards do not know.
-OPTIONS = ("accum_dtype", "return_predicted_tokens", "return_token_accuracy", "skip_logits", "use_token_scaling")
+OPTIONS = (
+    "accum_dtype", "return_entropy", "return_predicted_tokens", "return_token_accuracy", "skip_logits",
+    "use_token_scaling",
+)  # fmt: skip
+# What a fused loss finds beside itself, for the keyword return_<name>.
+RESULTS = ("token_accuracy", "predicted_tokens", "entropy")
 # Keywords of the loss that a forward may or may not pass on.
 LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels")
 _PATCH = "_liger_head"
@@ -99,8 +105,18 @@ class Window:
     results: dict = field(default_factory=dict)
 
     def collect(self, results: tuple) -> None:
-        """Keep token_accuracy and predicted_tokens of an unpacked result."""
-        self.results.update(token_accuracy=results[2], predicted_tokens=results[3])
+        """Keep the RESULTS of an unpacked result."""
+        self.results.update(zip(RESULTS, results[2:]))
+
+    def collect_from(self, logits, labels, keywords: dict) -> None:
+        """Keep the RESULTS of real logits, where the head could not be fused."""
+        names = ("ignore_index", "shift_labels")
+        given = {name: keywords[name] for name in names if keywords.get(name) is not None}
+        found = loss_utils.results_of_logits(logits.detach(), labels, **given)
+        self.results.update(zip(RESULTS, found))
+
+    def wants_results(self) -> bool:
+        return any(self.options.get(f"return_{name}") for name in RESULTS)
 
     def first_use(self) -> bool:
         """Whether this model's lazy logits are used for the first time."""
@@ -147,11 +163,13 @@ def _forward_for(inner: Callable, signature: inspect.Signature) -> Any:
 def _head_forward(self, hidden, *args, reduce=None, **kwargs):
     gate = getattr(self, _GATE)
     if reduce is not None:
-        return reduce(hidden, *weight_and_bias(self))
+        return reduce(hidden, *parameters_of(self, *args))
     window = gate.window
     if window is None or not window.defer or args or kwargs or not is_foldable(self):
         return _own_forward(self)(hidden, *args, **kwargs)
-    return LazyLogits(extended_inputs(self, hidden), self, linear_of(self).weight.shape[0], window)
+    names = adapters_of(self)
+    low = adapter_inputs(self, hidden, names) if names else None
+    return LazyLogits(hidden, self, linear_of(self).weight.shape[0], window, low=low, adapters=names)
 
 
 _head_forward.__name__ = "forward"  # pickle stores a bound method by name; the class's forward is the one to find
@@ -169,22 +187,29 @@ class FusedLoss:
             return self.own(*args, **kwargs)  # its cross entropy of lazy logits is fused all the same
         if self.gate.window is not None:
             kwargs = {**self.gate.window.keywords, **kwargs}
-        return self._causal(*args, **kwargs)
+        return self._causal(self.gate.window, *args, **kwargs)
 
-    def _causal(self, logits, labels, vocab_size, *args, **kwargs):
+    def _causal(self, window, logits, labels, vocab_size, *args, **kwargs):
         lazy = isinstance(logits, LazyLogits) and logits.is_fusable() and logits.size(-1) == vocab_size
         if args or not lazy:
+            if window is not None and window.wants_results():
+                window.collect_from(logits, labels, kwargs)
             return self.own(logits, labels, vocab_size, *args, **kwargs)
         window = logits.window
         kwargs = {**kwargs, **window.options, **scale_options(logits, "final_logit_softcapping")}
 
-        def loss(hidden, weight, bias):
-            if bias is not None:
-                kwargs["bias"] = bias
+        def loss(hidden, weight, bias, low_rank=None):
+            given = kwargs if bias is None else kwargs | {"bias": bias}
+            hidden, weight, more = loss_utils.low_rank_options(hidden, weight, low_rank, causal=True)
             result = loss_utils.LigerForCausalLMLoss(
-                hidden_states=hidden, lm_head_weight=weight, labels=labels, hidden_size=hidden.shape[-1], **kwargs
+                hidden_states=hidden,
+                lm_head_weight=weight,
+                labels=labels,
+                hidden_size=hidden.shape[-1],
+                **given,
+                **more,
             )
-            return loss_utils.unpack_cross_entropy_result(result)
+            return loss_utils.unpack(result)
 
         results = logits.reduce(loss)
         window.collect(results)
@@ -325,8 +350,9 @@ class Fusion:
     def _finish(self, output, window: Window, keeps_lazy: bool):
         if window.defer and not keeps_lazy:
             output = _with_real_logits(output)
-        wanted = {name: window.results.get(name) for name in ("token_accuracy", "predicted_tokens")}
-        wanted = {name: value for name, value in wanted.items() if window.options.get(f"return_{name}")}
+        if window.options.get("use_token_scaling") and not window.results:
+            raise ValueError("use_token_scaling needs the fused head and a loss, and this call had only one or neither")
+        wanted = {name: window.results.get(name) for name in RESULTS if window.options.get(f"return_{name}")}
         return with_results(output, wanted) if wanted else output
 
     def __reduce__(self):
