@@ -122,8 +122,8 @@ def tiny_model(model_type: str, layers: int = 2, **config) -> torch.nn.Module:
 
     from liger_kernel.transformers.models import MODELS, TINY
 
-    row = MODELS[model_type].tiny if model_type in MODELS else {}
-    config = CONFIG_MAPPING[model_type](**(TINY | row | {"num_hidden_layers": layers} | config))
+    row = MODELS[model_type].tiny if model_type in MODELS else None
+    config = CONFIG_MAPPING[model_type](**(TINY | (row or {}) | {"num_hidden_layers": layers} | config))
     model = AutoModelForCausalLM.from_config(config).train()
     with torch.no_grad():
         for p in model.parameters():

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 from liger_kernel.transformers import functional  # noqa: E402
 from liger_kernel.transformers.head import HeadLeftAlone, fuse_head, use_cross_entropy  # noqa: E402
 from liger_kernel.transformers.lazy_logits import LazyLogits  # noqa: E402
-from liger_kernel.transformers.models import MODELS  # noqa: E402
+from liger_kernel.transformers.models import TESTED  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("on_device"),
@@ -25,7 +25,7 @@ pytestmark = [
 # Every family of models
 
 
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("model_type", TESTED)
 def test_loss_and_gradients_are_those_of_the_unpatched_model(model_type, fused_calls):
     model, fused, patch = both(model_type)
     assert (patch.name, patch.pattern) == ("lm_head", "linear")
@@ -35,7 +35,7 @@ def test_loss_and_gradients_are_those_of_the_unpatched_model(model_type, fused_c
     torch.testing.assert_close(output.logits.materialize(), other.logits)
 
 
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("model_type", TESTED)
 def test_evaluation_and_generation_see_ordinary_logits(model_type, fused_calls):
     model, fused, _ = both(model_type)
     given = tokens()
@@ -118,7 +118,7 @@ def test_skip_logits_builds_no_logits_in_evaluation(fused_calls):
         assert torch.equal(output.logits.materialize(), model(**given).logits)
 
 
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("model_type", TESTED)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_token_accuracy_predicted_tokens_and_entropy_on_request(model_type, training):
     model, fused, _ = both(model_type)

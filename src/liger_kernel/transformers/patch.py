@@ -23,7 +23,9 @@ from liger_kernel.transformers.report import Report, Row
 
 logger = logging.getLogger(__name__)
 
-FLAGS = ("rope", "rms_norm", "layer_norm", "swiglu", "geglu", "cross_entropy", "fused_linear_cross_entropy")
+FLAGS = (
+    "rope", "rms_norm", "layer_norm", "swiglu", "geglu", "relu_squared", "cross_entropy", "fused_linear_cross_entropy",
+)  # fmt: skip
 _HEADS = ("cross_entropy", "fused_linear_cross_entropy")
 _reverted: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # an arrangement for their type leaves them alone
 _MODEL = "_liger_kernel_model"  # on a patched model: what was done to its head; None on the models inside it
@@ -75,6 +77,7 @@ def apply_liger_kernel(
     layer_norm: bool | None = None,
     swiglu: bool | None = None,
     geglu: bool | None = None,
+    relu_squared: bool | None = None,
     cross_entropy: bool | None = None,
     fused_linear_cross_entropy: bool | None = None,
 ) -> Report:
@@ -90,7 +93,8 @@ def apply_liger_kernel(
         raise TypeError(f"apply_liger_kernel takes a torch.nn.Module, got {type(model).__name__}")
     chosen = _choose(
         dict(rope=rope, rms_norm=rms_norm, layer_norm=layer_norm, swiglu=swiglu, geglu=geglu,
-             cross_entropy=cross_entropy, fused_linear_cross_entropy=fused_linear_cross_entropy)
+             relu_squared=relu_squared, cross_entropy=cross_entropy,
+             fused_linear_cross_entropy=fused_linear_cross_entropy)
     )  # fmt: skip
     base = unwrap(model)
     report = Report(type(base).__name__)
