@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from liger_kernel.transformers import kinds
+from liger_kernel.transformers import kinds, replicas
 from liger_kernel.transformers.kinds import Match, Refusal, rope
 from liger_kernel.transformers.kinds.probe import RECORD
 from liger_kernel.transformers.report import Report, Row
@@ -55,14 +55,11 @@ def _rebind(module, kind, variant, slot, displaced):
 
 @dataclass
 class _Head:
-    """What became of the head of a patched model. Not pickled, as the fused head is not: the next call fuses again."""
+    """What became of the head of a patched model."""
 
     wanted: str | None
     patch: Any = None
     left: str | None = None
-
-    def __reduce__(self):
-        return type(None), ()
 
     def __deepcopy__(self, memo):
         return _Head(self.wanted, copy.deepcopy(self.patch, memo), self.left)
@@ -238,6 +235,7 @@ def _bind(module: nn.Module, match: Match, slot: str) -> None:
     module.__dict__.pop(slot, None)
     module.__dict__[RECORD] = record  # before the method: a pickle restores them in this order
     module.__dict__[slot] = MethodType(record.method, module)
+    replicas.bind_replicas(module)
 
 
 def _unbind(module: nn.Module) -> None:
@@ -253,7 +251,8 @@ def _unbind(module: nn.Module) -> None:
             del state[slot]
         else:
             state[slot] = MethodType(type(module).forward, module)
-    state.pop(RECORD, None)
+    if state.pop(RECORD, None) is not None:
+        replicas.unbind_replicas(module)
 
 
 # Rope
