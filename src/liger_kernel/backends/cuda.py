@@ -47,5 +47,6 @@ BACKEND = Backend(
     is_current=lambda device: device.index == torch._C._cuda_getDevice(),
     stream=lambda device: torch._C._cuda_getCurrentRawStream(device.index),
     arch=_arch,
+    driver=lambda device: str(torch._C._cuda_getDriverVersion()),
     comm="nccl",
 )
