@@ -16,6 +16,7 @@ def test_every_listed_name_resolves(package):
 
 @pytest.mark.parametrize("package, name", [
     ("chunked_loss", "LigerFusedLinearKTOLoss"), ("ops", "LigerFusedMoEFunction"), ("transformers", "LigerDyT"),
+    ("transformers", "apply_liger_kernel_to_qwen3_moe"), 
     ("transformers.functional", "liger_dyt"), ("megatron", "LigerMegatronSwiGLU"),
 ])  # fmt: skip
 def test_a_name_still_to_come_says_so(package, name):

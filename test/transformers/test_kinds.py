@@ -52,6 +52,31 @@ class LayerLike(InventedNorm):
         return (wide * self.gain.float()).to(value.dtype)
 
 
+class OffsetLayerNorm(nn.LayerNorm):
+    """Casts for autocast by itself, as Nemotron's norm does."""
+
+    def forward(self, value):
+        given = value, self.weight + 1, self.bias
+        if torch.is_autocast_enabled("cpu"):
+            given = [t.to(torch.bfloat16) for t in given]
+        with torch.autocast("cpu", enabled=False):
+            return F.layer_norm(given[0], value.shape[-1:], *given[1:])
+
+
+class UnusedBuffer(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.register_buffer("weight", torch.full((width,), 3.0))
+
+    def forward(self, value):
+        return F.rms_norm(value.float(), value.shape[-1:], eps=1e-6).to(value.dtype)
+
+
+class UsedBuffer(UnusedBuffer):
+    def forward(self, value):
+        return super().forward(value) * self.weight
+
+
 class EpsOutsideTheRoot(InventedNorm):
     def forward(self, value):
         wide = value.float()
@@ -143,6 +168,8 @@ def only_row(module, **flags):
         (lambda: nn.LayerNorm(24, bias=False), "layer_norm"),
         (lambda: nn.LayerNorm(24, elementwise_affine=False), "layer_norm no weight"),
         (lambda: nn.RMSNorm(24, eps=1e-6), "rms_norm gemma"),
+        (lambda: OffsetLayerNorm(24), "layer_norm offset 1"),
+        (lambda: UnusedBuffer(24), "rms_norm gemma no weight"),
         (lambda: InventedMLP(), "swiglu silu"),
         (lambda: InventedMLP(bias=True), "swiglu silu"),
         (lambda: InventedMLP(gelu_tanh), "geglu gelu_tanh"),
@@ -198,6 +225,10 @@ def test_a_subtly_different_module_is_refused_and_named(module, reason):
     assert "forward" not in module.__dict__
 
 
+def test_a_buffer_that_is_used_is_not_mistaken_for_an_unused_one():
+    assert not apply_liger_kernel(nn.Sequential(UsedBuffer(24))).patched
+
+
 @pytest.mark.parametrize("module", [nn.Dropout(0.1), nn.GELU(), nn.Identity(), nn.Linear(4, 4), nn.Embedding(4, 4)])
 def test_what_is_no_norm_is_not_mentioned(module):
     assert not [r for r in apply_liger_kernel(nn.Sequential(module)).rows if r.kind != "head"]
@@ -245,6 +276,16 @@ def test_an_fp32_weight_on_a_bf16_input_gives_the_original_dtype(make):
     assert module(x).dtype is wanted.dtype
     # at most a rare tie of the bf16 rounding: x / sqrt(v) against x * rsqrt(v)
     torch.testing.assert_close(module(x), wanted, rtol=1e-2, atol=1e-2)
+
+
+def test_a_norm_that_casts_for_autocast_still_does():
+    module, plain = OffsetLayerNorm(24), OffsetLayerNorm(24)
+    assert only_row(module).reason is None
+    x = torch.randn(3, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, wanted = module(x), plain(x)
+    assert y.dtype is wanted.dtype is torch.bfloat16
+    torch.testing.assert_close(y, wanted, rtol=1e-2, atol=1e-2)  # the weight stays fp32 in ours
 
 
 # Rotary functions

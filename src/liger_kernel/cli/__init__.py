@@ -1,4 +1,4 @@
-"""The command `liger-kernel`: demo, compare, bench, selftest, env. What a subcommand needs is imported when it runs."""
+"""The command `liger-kernel`: demo, compare, bench, env. What a subcommand needs is imported when it runs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="liger-kernel", description="Fused kernels for LLM training.")
     parser.add_argument("--version", action="version", version=f"liger-kernel {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | compare | bench | selftest | env")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | compare | bench | env")
 
     demo = commands.add_parser("demo", help="train a small model on real text with and without the kernels")
     compare = commands.add_parser("compare", help="the same with your own model and data: what would you gain?")
@@ -55,12 +55,6 @@ def _parser() -> argparse.ArgumentParser:
 
     timing = commands.add_parser("bench", help="time the kernels, or a whole model's steps, beside torch and others")
     bench.add_arguments(timing, Path("liger-bench"))
-
-    selftest = commands.add_parser(
-        "selftest", help="run every op on this device against fp64, and avoid those that fail"
-    )
-    selftest.add_argument("--device", help="torch device (default: the accelerator, else the CPU)")
-    selftest.add_argument("--ops", nargs="+", metavar="OP", help="only these ops (default: all)")
 
     commands.add_parser("env", help="versions, devices, and which implementation runs each op")
     return parser

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -41,13 +41,15 @@ class Norm:
     casting: str = "gemma"
     promotes: bool = False  # an fp32 weight makes the result of a bf16 input fp32
     autocasts: bool = False  # calls a torch op that autocast runs in fp32 on accelerators
+    narrows: bool = False  # itself casts to the dtype of autocast
 
 
 def candidate(module: nn.Module) -> bool:
-    """No children or buffers, at most two parameters, all one-dimensional and of one size."""
-    if module._modules or module._buffers:
+    """No children, at most two parameters, all one-dimensional and of one size, as buffers are."""
+    if module._modules:
         return False
-    shapes = {tuple(probe.shape_of(p)) for p in module._parameters.values() if p is not None}
+    tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+    shapes = {tuple(probe.shape_of(t)) for t in tensors}
     return len(module._parameters) <= 2 and len(shapes) <= 1 and all(len(s) == 1 and s[0] > 1 for s in shapes)
 
 
@@ -61,13 +63,15 @@ def _forms(parameters: list[str], eps: list[str | float]) -> Iterator[Norm]:
             offsets = (0.0, 1.0) if weight else (0.0,)
             for offset, casting in itertools.product(offsets, castings):
                 yield Norm("rms", weight, None, e, offset, casting)
-        yield Norm("layer", weight, bias, e)
+        for offset in (0.0, 1.0) if weight else (0.0,):
+            yield Norm("layer", weight, bias, e, offset)
 
 
 def _formula(form: Norm, x, values, eps, out_dtype=None):
     w, b = values.get(form.weight), values.get(form.bias)
     if form.base == "rms":
         return rms_norm(x, w, eps, form.offset, form.casting, out_dtype)
+    w = w + form.offset if form.offset else w
     w, b = (t if t is None else t.float() for t in (w, b))
     return F.layer_norm(x.float(), x.shape[-1:], w, b, eps).to(out_dtype or x.dtype)
 
@@ -131,7 +135,10 @@ def verify(module: nn.Module) -> Match | Refusal | None:
             fits.append((form, value, found))
     if not fits:
         return Refusal(NAME, f"behaves like a norm but fits no known formula (closest: {closest:.0e})")
-    return _rounding(original, fits, x, values, autocasts=bool(calls.seen & {F.layer_norm, F.rms_norm}))
+    with torch.autocast("cpu", torch.bfloat16):
+        narrows = original(x).dtype is torch.bfloat16
+    autocasts = not narrows and bool(calls.seen & {F.layer_norm, F.rms_norm})
+    return _rounding(original, fits, x, values, autocasts=autocasts, narrows=narrows)
 
 
 def _run(module, values, x, dtype=None, training=True):
@@ -146,7 +153,7 @@ def _ignores_scale(original, x) -> bool:
     return probe.error(original(2 * top), y) < 1e-2 and not torch.equal(original(top.flip(-1)), y)
 
 
-def _rounding(original, fits, x, values, autocasts):
+def _rounding(original, fits, x, values, **autocast):
     """Among the forms that agree in fp32, the one that rounds where the module does."""
     low = torch.bfloat16
     x, lows = x.to(low), {n: v.to(low) for n, v in values.items()}
@@ -161,11 +168,12 @@ def _rounding(original, fits, x, values, autocasts):
     rate, form, found = max(rates, key=lambda r: r[0])
     if rate < MIN_SAME:
         return Refusal(NAME, f"agrees in fp32 but rounds bf16 in another order ({rate:.0%} of the bits agree)")
-    form = Norm(form.base, form.weight, form.bias, form.eps, form.offset, form.casting, promotes, autocasts)
+    form = replace(form, promotes=promotes, **autocast)
     flag = f"{form.base}_norm"
-    details = [form.casting, f"offset {form.offset:g}" if form.offset else ""] if form.base == "rms" else []
+    details = [form.casting] if form.base == "rms" else []
+    details += [f"offset {form.offset:g}"] if form.offset else []
     details += [] if form.weight else ["no weight"]
-    return Match(NAME, flag, " ".join([flag, *filter(None, details)]), form, found)
+    return Match(NAME, flag, " ".join([flag, *details]), form, found)
 
 
 @functools.cache
@@ -182,8 +190,11 @@ def forward(form: Norm | GatedNorm, name: str = "forward"):
         eps = getattr(self, form.eps) if isinstance(form.eps, str) else form.eps
         if form.autocasts and x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type):
             x = x.float()
+        if form.narrows and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if form.base == "layer":
             bias = None if form.bias is None else getattr(self, form.bias)
+            weight = weight + form.offset if form.offset else weight
             if form.promotes:
                 x = x.to(torch.promote_types(x.dtype, weight.dtype))
             return functional.liger_layer_norm(x, weight, bias, eps)
