@@ -56,6 +56,13 @@ def _parser() -> argparse.ArgumentParser:
     timing = commands.add_parser("bench", help="time the kernels, or a whole model's steps, beside torch and others")
     bench.add_arguments(timing, Path("liger-bench"))
 
+    doctor = commands.add_parser("doctor", help="what would be patched in a model and what that saves, without weights")
+    doctor.add_argument("model", help="local folder or hub id of a model, or a model type such as llama")
+    doctor.add_argument("--batch", type=count, help="sequences per step of the estimate (default: 1)")
+    doctor.add_argument("--seq", type=count, help="tokens per sequence of the estimate (default: 2048)")
+    doctor.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    doctor.add_argument("--json", action="store_true", help="print the report and the estimate as JSON")
+
     commands.add_parser("env", help="versions, devices, and which implementation runs each op")
     return parser
 

@@ -50,6 +50,17 @@ class Report:
         text = f"{self.model}: {len(self.patched)} of {len(self.rows)} found are patched"
         return f"{text} ({self.note})" if self.note else text
 
+    def kinds(self) -> dict[str, dict]:
+        """Per kind how many were found and patched, and the worst error that verifying showed."""
+        counts: dict[str, dict] = {}
+        for row in self.rows:
+            of = counts.setdefault(row.kind, {"found": 0, "patched": 0, "error": None})
+            of["found"] += 1
+            if row.reason is None:
+                of["patched"] += 1
+                of["error"] = max((e for e in (of["error"], row.error) if e is not None), default=None)
+        return counts
+
     def lines(self) -> list[tuple[str, ...]]:
         """The table's cells; modules that differ only in a number share a line."""
         folded: dict[tuple, list[Row]] = {}
