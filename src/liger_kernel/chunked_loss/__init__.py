@@ -7,11 +7,12 @@ _HERE = "liger_kernel.chunked_loss"
 __all__, __getattr__ = lazy_names(
     __name__,
     {
+        f"{_HERE}.cpo_loss": ("LigerFusedLinearCPOLoss",),
         f"{_HERE}.dpo_loss": ("LigerFusedLinearDPOLoss",),
         f"{_HERE}.grpo_loss": ("LigerFusedLinearGRPOLoss",),
+        f"{_HERE}.kto_loss": ("LigerFusedLinearKTOLoss",),
+        f"{_HERE}.orpo_loss": ("LigerFusedLinearORPOLoss",),
+        f"{_HERE}.simpo_loss": ("LigerFusedLinearSimPOLoss",),
     },
-    not_built=(
-        "LigerFusedLinearCPOLoss", "LigerFusedLinearCosineSimilarityLoss", "LigerFusedLinearJSDLoss",
-        "LigerFusedLinearKTOLoss", "LigerFusedLinearORPOLoss", "LigerFusedLinearSimPOLoss",
-    ),
-)  # fmt: skip
+    not_built=("LigerFusedLinearCosineSimilarityLoss", "LigerFusedLinearJSDLoss"),
+)

@@ -21,12 +21,9 @@ import math
 import torch
 from torch.nn.functional import logsigmoid
 
+from liger_kernel.chunked_loss.cpo_loss import smoothed
 from liger_kernel.chunked_loss.function import IGNORE_INDEX
 from liger_kernel.chunked_loss.fused_linear_preference import LigerFusedLinearPreferenceBase
-
-
-def _smoothed(d, e):
-    return -(1 - e) * logsigmoid(d) - e * logsigmoid(-d)
 
 
 def _discopop(d, tau):
@@ -41,7 +38,7 @@ def _bco_pair(a, b):
 
 # By the rewards a and b (times beta), their difference, label_smoothing, beta and discopop_tau.
 LOSSES = {
-    "sigmoid": lambda a, b, d, e, beta, tau: _smoothed(d, e),
+    "sigmoid": lambda a, b, d, e, beta, tau: smoothed(d, e),
     "hinge": lambda a, b, d, e, beta, tau: torch.relu(1 - d),
     "ipo": lambda a, b, d, e, beta, tau: ((d - 0.5) / beta).square(),
     "exo_pair": lambda a, b, d, e, beta, tau: (
