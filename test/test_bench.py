@@ -131,10 +131,29 @@ def test_base_is_the_same_op_at_another_commit():
         pass
 
 
+def test_the_device_stays_what_it_was_when_another_liger_kernel_is_imported(tmp_path):
+    """liger's tensors were on the CPU of a machine with a GPU: our backends could not be imported any more."""
+    (tmp_path / "liger_kernel/ops").mkdir(parents=True)
+    for package in ("liger_kernel", "liger_kernel/ops"):
+        (tmp_path / package / "__init__.py").touch()
+    code = (
+        "from pathlib import Path; from liger_kernel import backends; from liger_kernel.bench import measure, peers;"
+        f"kind = backends.current().device_type; peers.take_from(Path({str(tmp_path)!r}));"
+        "backends.current = None; assert measure.device().type == kind"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_take_from_says_when_there_is_nothing_to_take(tmp_path):
     code = f"from pathlib import Path; from liger_kernel.bench import peers; peers.take_from(Path({str(tmp_path)!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert f"there is no liger_kernel in {tmp_path}" in done.stderr
+
+
+def test_builders_end_without_timing():
+    one = process.Worker(run.WORKER, worker.Job("ours", ["softmax"], "tiny", only_build=True, dtype="float32"))
+    assert list(one.rows()) == [] and one.process.returncode == 0
+    one.close()
 
 
 def test_a_worker_that_is_stopped_leaves_no_failure():

@@ -21,14 +21,17 @@ def test_page_is_fresh(report):
 
 def test_rows_that_failed_or_ran_out_of_memory_stand_in_the_tables(report):
     timing = {"median": 1.5, "low": 1.4, "high": 1.6, "samples": 40}
-    row = {"op": "rope", "shape": "4x8", "peer": "liger", "mode": "full"}
-    rows = [
-        row | {"event_ms": timing, "graph_ms": None, "TB_s": None, "extra_MiB": 3},
-        row | {"failed": "RuntimeError"},
-    ]
-    *_, measured, failed = report.ops({"rows": rows})
-    assert measured == "| rope | 4x8 | full | liger |  |  | 1.500 | 3 |"
-    assert failed == "| rope | 4x8 | full | liger | failed | | | |"
+    row = {"op": "rope", "shape": "4x8", "mode": "full"}
+    ours = row | {"peer": "ours", "event_ms": timing, "graph_ms": None, "TB_s": 1.5, "extra_MiB": 3, "host_us": 41.2}
+    rows = [ours, ours | {"peer": "liger", "event_ms": timing | {"median": 1.2}},
+            row | {"peer": "torch", "failed": "RuntimeError"},
+            {"op": "", "shape": "", "mode": "", "peer": "quack", "failed": "no module named quack"}]  # fmt: skip
+    text = report.ops({"rows": rows, "copy_TB_s": 3.0})
+    assert "| rope | 4x8 | full | 1.500 | 1.50 | 50% | 1.500 | 41 | 3 | 1.200 | failed |  | 0.80 |" in text
+    assert "- rope 4x8 full: liger takes 80% of our time" in text
+    assert "- quack: no module named quack" in text
     shape = {"model": "m", "batch": 8, "seq": 16}
     rows = [shape | {"contender": "hf", "out_of_memory": True}, {"contender": "liger", "failed": "ImportError"}]
-    assert report.models({"rows": rows})[-2:] == ["| hf | | | out of memory |", "| liger | | | failed |"]
+    assert report.models({"rows": rows})[-2:] == [
+        "| hf | 8 x 16 |  | | | out of memory |", "| liger | |  | | | failed |"
+    ]  # fmt: skip

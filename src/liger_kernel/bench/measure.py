@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import platform
@@ -37,6 +38,7 @@ class Timing:
         return cls(statistics.median(ordered), at(0.2), at(0.8), len(ordered))
 
 
+@functools.cache
 def device() -> torch.device:
     """The accelerator of this machine, or the CPU."""
     return torch.device(backends.current().device_type)

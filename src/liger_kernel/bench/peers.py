@@ -12,9 +12,12 @@ from pathlib import Path
 
 import torch
 
+from liger_kernel.bench import measure
+
 
 def take_from(folder: Path) -> None:
     """Import `liger_kernel` from `folder` from now on: upstream, or this library at another commit."""
+    measure.device()  # which device there is can only be asked while our backends can be imported
     for name in [m for m in sys.modules if m.split(".")[0] == "liger_kernel" and ".bench" not in m]:
         del sys.modules[name]
     sys.path.insert(0, str(folder))
@@ -93,4 +96,4 @@ def trl(op: str, contract) -> Callable | None:
 
 PEERS = {"ours": ours, "base": ours, "torch": eager, "compile": compiled, "liger": liger, "quack": quack, "cce": cce,
          "trl": trl}  # fmt: skip
-COMPILED = {"ours", "base", "compile", "liger", "quack", "cce"}  # kernels are built at the first call of a shape
+COMPILED = {"ours", "base", "compile", "liger", "quack", "cce"}  # build kernels at the first call

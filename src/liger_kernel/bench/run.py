@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import torch
 
 from liger_kernel.bench import CONTENDERS, MODES, measure, plot, shapes
+from liger_kernel.bench.peers import COMPILED
 from liger_kernel.bench.process import REPOSITORY, Asked, Worker, base_folder, stop_after
 from liger_kernel.bench.worker import Job
 from liger_kernel.ops import EXPORTS
 
 WORKER = "liger_kernel.bench.worker"
+BUILDERS = min(os.cpu_count() or 1, 16)  # at once; each takes some GB of the host's memory and of the device's
 
 
 def main(args: argparse.Namespace) -> int:
@@ -105,9 +109,12 @@ def compare(args, ops: list[str], names: list[str], base: str, until: float | No
     rows: list[dict] = []
     path = measure.path_for("ops-" + ("table" if args.table else "-".join(ops)[:60]), args.output)
     at_once = measure.device().type != "cpu"  # a CPU that builds for one would disturb the timing of another
-    workers = [Worker(WORKER, job) for job in jobs] if at_once else []
+    workers: list[Worker] = []
     cancel = stop_after(until and until - time.monotonic(), workers)
     try:
+        if at_once:
+            _build(jobs, workers)
+            workers.extend(Worker(WORKER, job) for job in jobs)
         for worker in workers:
             worker.ready()
         card = measure.ceilings(args.samples)
@@ -131,6 +138,16 @@ def compare(args, ops: list[str], names: list[str], base: str, until: float | No
         if plot.save(op, rows, card, picture):
             print(picture)
     return rows
+
+
+def _build(jobs: list[Job], workers: list[Worker]) -> None:
+    """Fill the compilers' caches, op by op side by side: what a contender does in its own process is then short."""
+    todo = [replace(j, ops=[op], only_build=True) for j in jobs if j.contender in COMPILED for op in j.ops]
+    for at in range(0, len(todo), BUILDERS):
+        workers.extend(Worker(WORKER, job) for job in todo[at : at + BUILDERS])
+        while workers:
+            workers[-1].ready()
+            workers.pop().close()
 
 
 def dtype() -> str:

@@ -1,6 +1,7 @@
 """One contender in a process of its own: `python -m liger_kernel.bench.worker JSON`.
 
-It first calls everything once, so that all kernels are built, prints READY, waits for a line on stdin, then times.
+It first calls everything once, so that all kernels are built, prints READY, waits for a line on stdin, then times. On a
+device with a compiler the driver has started one before for each op, all at once, that only builds.
 Each finished row is one line on stdout: ROW and a JSON object.
 """
 
@@ -36,6 +37,7 @@ class Job:
     samples: int = measure.SAMPLES
     folder: str = ""  # where another liger_kernel, or the peers' packages, are taken from
     dtype: str = "bfloat16"
+    only_build: bool = False  # leave the kernels in the compilers' caches and end
 
 
 @dataclass
@@ -166,6 +168,8 @@ def main() -> int:
     if job.contender in peers.COMPILED and measure.device().type != "cpu":
         for call in todo:
             build(call)
+    if job.only_build:
+        return 0
     print("READY", flush=True)
     sys.stdin.readline()
     for call in todo:
