@@ -72,12 +72,6 @@ def test_pickle_gives_a_model_that_can_be_fused_again():
     agree(model, loaded, given)
 
 
-def test_gradient_checkpointing():
-    model, fused, _ = both()
-    fused.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    agree(model, fused, tokens())
-
-
 def test_resized_head_stays_fused(fused_calls):
     _, fused, patch = both("llama")
     old = fused.lm_head
