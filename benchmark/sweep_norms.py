@@ -83,6 +83,11 @@ def tiling(rows: int, cols: int, block: int, elements: int, per_lane: int, waves
     return RowTiles(tall, block, block < cols, warps, programs, prefetch)
 
 
+# block, warps of walks over a row that does not fit; each is tried with so many programs per core
+WALKS = ((16384, 32), (8192, 32), (8192, 16), (4096, 16), (4096, 8), (2048, 8))
+WAVES = (1, 2, 3, 4, 8)
+
+
 class Search:
     """The timings of one pass at one shape."""
 
@@ -114,6 +119,16 @@ class Search:
 
     def best(self) -> RowTiles:
         return max(self.tried, key=self.tried.get)
+
+    def go_through_long_rows(self) -> None:
+        """A whole row at once, with and without the next one under way; then walks."""
+        cores, whole = backends.device_of(DEVICE).cores(DEVICE), power_of_2_from(self.cols)
+        if whole <= 32768:
+            self.attempt(RowTiles(1, whole, False, 32, self.rows))
+            self.attempt(RowTiles(1, whole, False, 32, min(self.rows, cores), prefetch=True))
+        for block, warps in WALKS:
+            for waves in [w for w in WAVES if w * warps <= 64]:
+                self.attempt(RowTiles(1, block, True, warps, min(self.rows, waves * cores)))
 
     def go(self, backward: bool, can_prefetch: bool) -> None:
         full = min(power_of_2_from(self.cols), 32768)
@@ -153,7 +168,10 @@ def main() -> None:
             now = time.monotonic()
             until = now + (end - now) / (2 * (len(jobs) - i) - k)
             search = Search(step.run, step.tensors * x.numel() * x.element_size(), rows, cols, until)
-            search.go(step.name == "backward", step.name == "backward" and op != "softmax")
+            if op == "softmax" and cols >= 16384:
+                search.go_through_long_rows()
+            else:
+                search.go(step.name == "backward", step.name == "backward" and op != "softmax")
             record = {"op": op, "shape": shape, "pass": step.name, "default": search.default, "failed": search.failed}
             record["tried"] = [asdict(t) | {"TB/s": v} for t, v in sorted(search.tried.items(), key=lambda i: -i[1])]
             records.append(record)

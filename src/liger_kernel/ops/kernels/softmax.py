@@ -10,33 +10,49 @@ import triton.language as tl
 
 from liger_kernel.backends import device_of
 from liger_kernel.ops.core import Kernels
-from liger_kernel.ops.kernels.blocks import RowTiles, as_rows, int64, launch
+from liger_kernel.ops.kernels.blocks import RowTiles, as_rows, int64, launch, load_tile
 
 # Kernels: Capital = memory, lower case = registers, ALL_CAPS = compile time.
 
 
 @triton.jit(do_not_specialize=["R"])
-def _forward_kernel(X, Y, R, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _forward_kernel(X, Y, R, N, ROWS: tl.constexpr, BLOCK: tl.constexpr, PREFETCH: tl.constexpr):
     row = tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, BLOCK)[None, :]
-    for tile in range(tl.program_id(0), tl.cdiv(R, ROWS), tl.num_programs(0)):
+    step = tl.num_programs(0)
+    if PREFETCH:
+        ahead = load_tile(X, tl.program_id(0), R, N, ROWS, BLOCK)
+    for tile in range(tl.program_id(0), tl.cdiv(R, ROWS), step):
         base = int64(tile) * ROWS * N
         mask = (tile * ROWS + row < R) & (cols < N)
-        x = tl.load(X + base + row * N + cols, mask=mask, other=float("-inf")).to(tl.float32)
+        if PREFETCH:
+            x = tl.where(mask, ahead.to(tl.float32), float("-inf"))
+            ahead = load_tile(X, tile + step, R, N, ROWS, BLOCK)
+        else:
+            x = tl.load(X + base + row * N + cols, mask=mask, other=float("-inf")).to(tl.float32)
         e = tl.exp(x - tl.max(x, axis=1)[:, None])
         y = e * (1 / tl.sum(e, axis=1)[:, None])
         tl.store(Y + base + row * N + cols, y.to(Y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["R"])
-def _backward_kernel(dY, Y, dX, R, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _backward_kernel(dY, Y, dX, R, N, ROWS: tl.constexpr, BLOCK: tl.constexpr, PREFETCH: tl.constexpr):
     row = tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, BLOCK)[None, :]
-    for tile in range(tl.program_id(0), tl.cdiv(R, ROWS), tl.num_programs(0)):
+    step = tl.num_programs(0)
+    if PREFETCH:
+        ahead_y = load_tile(Y, tl.program_id(0), R, N, ROWS, BLOCK)
+        ahead_dy = load_tile(dY, tl.program_id(0), R, N, ROWS, BLOCK)
+    for tile in range(tl.program_id(0), tl.cdiv(R, ROWS), step):
         base = int64(tile) * ROWS * N
         mask = (tile * ROWS + row < R) & (cols < N)
-        y = tl.load(Y + base + row * N + cols, mask=mask, other=0.0).to(tl.float32)
-        dy = tl.load(dY + base + row * N + cols, mask=mask, other=0.0).to(tl.float32)
+        if PREFETCH:
+            y, dy = ahead_y.to(tl.float32), ahead_dy.to(tl.float32)
+            ahead_y = load_tile(Y, tile + step, R, N, ROWS, BLOCK)
+            ahead_dy = load_tile(dY, tile + step, R, N, ROWS, BLOCK)
+        else:
+            y = load_tile(Y, tile, R, N, ROWS, BLOCK).to(tl.float32)
+            dy = load_tile(dY, tile, R, N, ROWS, BLOCK).to(tl.float32)
         dot = tl.sum(dy * y, axis=1)[:, None]
         tl.store(dX + base + row * N + cols, (y * (dy - dot)).to(dX.dtype.element_ty), mask=mask)
 
@@ -117,7 +133,8 @@ def softmax_forward(x, tiles=None):
         vec = 16 // x.element_size()
         _launch(_forward_walk_kernel, tiles, x.device, x, y, rows, cols, BLOCK=tiles.block, VEC=vec)
     else:
-        _launch(_forward_kernel, tiles, x.device, x, y, rows, cols, ROWS=tiles.rows, BLOCK=tiles.block)
+        meta = dict(ROWS=tiles.rows, BLOCK=tiles.block, PREFETCH=tiles.prefetch)
+        _launch(_forward_kernel, tiles, x.device, x, y, rows, cols, **meta)
     return y
 
 
@@ -132,7 +149,8 @@ def softmax_backward(dy, y, tiles=None):
     if tiles.loop:
         _launch(_backward_walk_kernel, tiles, y.device, dy, y, dx, rows, cols, BLOCK=tiles.block)
     else:
-        _launch(_backward_kernel, tiles, y.device, dy, y, dx, rows, cols, ROWS=tiles.rows, BLOCK=tiles.block)
+        meta = dict(ROWS=tiles.rows, BLOCK=tiles.block, PREFETCH=tiles.prefetch)
+        _launch(_backward_kernel, tiles, y.device, dy, y, dx, rows, cols, **meta)
     return dx
 
 
