@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import random
 import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from liger_kernel import backends
+from liger_kernel.bench import shapes
 from liger_kernel.ops import EXPORTS, core
 
 AMD_CORES = {"gfx90a": 104, "gfx942": 304, "gfx950": 256, "gfx1100": 96}
@@ -55,29 +58,44 @@ class Compiler:
         self.name, self.target, self.seen = name, target_of(name), {}
 
     def __call__(self, kernel, *args, grid, warmup, **meta):
-        names = [p.name for p in kernel.params]
-        options = {k: meta.pop(k) for k in ("num_warps", "num_stages") if k in meta}
-        bound = dict(zip(names, args)) | meta
-        signature, constants, attributes = {}, {}, {}
-        for i, param in enumerate(kernel.params):
-            value = bound[param.name]
-            if param.is_constexpr or value is None:
-                signature[param.name] = "constexpr"
-                constants[(i,)] = value
-            elif isinstance(value, torch.Tensor):
-                signature[param.name] = POINTERS[value.dtype]
-                attributes[(i,)] = [["tt.divisibility", 16]]
-            elif value == 1 and not param.do_not_specialize:
-                signature[param.name] = "constexpr"
-                constants[(i,)] = 1
-            else:
-                signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                if value % 16 == 0 and not param.do_not_specialize:
-                    attributes[(i,)] = [["tt.divisibility", 16]]
+        signature, constants, attributes, options = specialised(kernel, args, meta)
         key = (kernel.__name__, str(signature), str(constants), str(attributes), str(options))
         if key not in self.seen:
-            source = ASTSource(kernel, signature, constants, attributes)
-            self.seen[key] = Launch(self.name, triton.compile(source, target=self.target, options=options), options)
+            self.seen[key] = self.built(kernel, signature, constants, attributes, options)
+
+    def built(self, kernel, signature, constants, attributes, options):
+        source = ASTSource(kernel, signature, constants, attributes)
+        return Launch(self.name, triton.compile(source, target=self.target, options=options), options)
+
+
+class Counter(Compiler):
+    """Keeps what would be compiled, and compiles nothing."""
+
+    def built(self, kernel, *specialisation):
+        return specialisation
+
+
+def specialised(kernel, args, meta) -> tuple[dict, dict, dict, dict]:
+    """(signature, constants, attributes, options): all that Triton compiles a launch for."""
+    options = {k: meta.pop(k) for k in ("num_warps", "num_stages") if k in meta}
+    bound = dict(zip([p.name for p in kernel.params], args)) | meta
+    signature, constants, attributes = {}, {}, {}
+    for i, param in enumerate(kernel.params):
+        value = bound[param.name]
+        if param.is_constexpr or value is None:
+            signature[param.name] = "constexpr"
+            constants[(i,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[param.name] = POINTERS[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif value == 1 and not param.do_not_specialize:
+            signature[param.name] = "constexpr"
+            constants[(i,)] = 1
+        else:
+            signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not param.do_not_specialize:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes, options
 
 
 class Launch:
@@ -123,12 +141,27 @@ def trace(op: str, contract) -> None:
         print(f"{op}: traced into one graph")
 
 
+def count_random_steps(op: str, contract, target: str, steps: int) -> None:
+    """Call the op as a model does at `steps` random batches and lengths; print what is compiled after the first two."""
+    counter, draw = Counter(target), shapes.Draw(torch.bfloat16, torch.device("meta"))
+    JITFunction.run = lambda kernel, *a, **k: counter(kernel, *a, **k)
+    random.seed(0)
+    for step in range(2 + steps):
+        model = replace(shapes.MODELS["llama3.2-1b"], batch=random.randint(1, 16), seq=random.randint(1, 4096))
+        call_on_meta(contract, shapes.CALLS[op](draw, model))
+        if step == 1:
+            warm = set(counter.seen)
+    new = sorted({name for name, *_ in set(counter.seen) - warm})
+    print(f"{op}: {len(new)} of {len(warm) + len(new)} compiled after two warm-ups: {', '.join(new) or '-'}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", default="sm_90")
     parser.add_argument("--ops", default=",".join(EXPORTS))
     parser.add_argument("--cases", action="store_true", help="the small test cases too, not only the timed shapes")
     parser.add_argument("--trace", action="store_true", help="trace with torch.compile in place of compiling")
+    parser.add_argument("--random-steps", type=int, help="count what so many random batches and lengths would compile")
     args = parser.parse_args()
     pretend(args.target)
     core.set_impl("triton")
@@ -139,6 +172,10 @@ def main() -> int:
             continue
         if args.trace:
             trace(op, room.CONTRACT)
+            continue
+        if args.random_steps:
+            if op in shapes.CALLS:
+                count_random_steps(op, room.CONTRACT, args.target, args.random_steps)
             continue
         meta, cases = torch.device("meta"), {}
         if args.cases:
@@ -151,7 +188,7 @@ def main() -> int:
                 total += 1
                 print(f"{args.target} {op} {label} {launch.name}: {launch.registers} registers, "
                       f"{launch.spilled} spilled, {launch.shared} B shared, {launch.options}")  # fmt: skip
-    if not args.trace:
+    if total:
         print(f"{total} launches compiled for {args.target}")
     return 0
 

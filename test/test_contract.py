@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from liger_kernel.ops import EXPORTS, core
+from liger_kernel.selftest import call as run
+from liger_kernel.selftest import differentiable, outputs_of
 
 from support import UNTRACED, assert_as_good_as_torch, dtypes
 
@@ -17,26 +19,6 @@ OPS = [op for op in EXPORTS if hasattr(importlib.import_module(f"liger_kernel.op
 
 def contract_of(op):
     return importlib.import_module(f"liger_kernel.ops.{op}").CONTRACT
-
-
-def differentiable(value):
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def outputs_of(result):
-    return list(result) if isinstance(result, tuple) else [result]
-
-
-def run(fn, case, upstream=None, dtype=None):
-    """Outputs and the gradients of every floating argument, for random upstream gradients (made when None)."""
-    leaves = [(a.detach().to(dtype or a.dtype).clone().requires_grad_() if differentiable(a) else a) for a in case.args]
-    kwargs = {k: v.to(dtype) if dtype and differentiable(v) else v for k, v in case.kwargs.items()}
-    outputs = [o for o in outputs_of(fn(*leaves, **kwargs)) if o is not None]
-    grown = [o for o in outputs if o.requires_grad]
-    if upstream is None:
-        upstream = [torch.randn(o.shape, dtype=torch.float64, device="cpu") for o in grown]
-    torch.autograd.backward(grown, [g.to(o) for g, o in zip(upstream, grown, strict=True)])
-    return outputs, [a.grad for a in leaves if differentiable(a)], upstream
 
 
 def check(op, case, dtype):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from liger_kernel.bench import shapes
 from liger_kernel.ops import EXPORTS, core
 
 from support import UNTRACED
@@ -50,3 +51,11 @@ def test_triton_launches_trace_into_one_graph():
     ops = [op for op, room in rooms.items() if hasattr(room, "CONTRACT") and op not in UNTRACED]
     traced = re.findall(r"^(\w+): traced into one graph$", offline("--trace", "--ops", ",".join(ops)), re.MULTILINE)
     assert set(traced) == set(ops)
+
+
+@needs_triton
+def test_random_batches_and_lengths_compile_nothing_after_two():
+    found = re.findall(r"^(\w+): (\d+) of (\d+) compiled after", offline("--random-steps", "200"), re.MULTILINE)
+    assert {op for op, *_ in found} == set(shapes.CALLS)
+    for op, new, total in found:
+        assert int(new) == 0 and int(total) >= 2, op

@@ -95,10 +95,10 @@ def run_tool(*command) -> None:
 
 
 @functools.cache
-def copy_object() -> Path:
-    """copy.c, compiled once for this process."""
-    target = Path(tempfile.mkdtemp(), "copy.o")
-    run_tool("gcc", "-O2", "-fPIC", "-c", Path(__file__).with_name("copy.c"), "-o", target)
+def runtime_object() -> Path:
+    """runtime.c, compiled once for this process."""
+    target = Path(tempfile.mkdtemp(), "runtime.o")
+    run_tool("gcc", "-O2", "-fPIC", "-c", Path(__file__).with_name("runtime.c"), "-o", target)
     return target
 
 
@@ -113,7 +113,7 @@ def build(linalg: str) -> bytes:
         run_tool(MLIR / "mlir-opt", stages[0], *(f"--{p}" for p in PASSES), "-o", stages[1])
         run_tool(MLIR / "mlir-translate", stages[1], "--mlir-to-llvmir", "-o", stages[2])
         run_tool(MLIR / "llc", "-O1", "-relocation-model=pic", "-filetype=obj", stages[2], "-o", stages[3])
-        run_tool("gcc", "-shared", "-o", stages[4], stages[3], copy_object(), "-lm")
+        run_tool("gcc", "-shared", "-o", stages[4], stages[3], runtime_object(), "-lm")
         return stages[4].read_bytes()
 
 

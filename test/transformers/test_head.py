@@ -5,16 +5,17 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from support import tiny_model
 from support_head import agree, both, tokens
 
 pytest.importorskip("transformers")
 
-from liger_kernel.transformers import functional  # noqa: E402
+from liger_kernel.transformers import apply_liger_kernel, functional, revert_liger_kernel  # noqa: E402
 from liger_kernel.transformers.head import HeadLeftAlone, fuse_head, use_cross_entropy  # noqa: E402
 from liger_kernel.transformers.lazy_logits import LazyLogits  # noqa: E402
-from liger_kernel.transformers.models import MODELS  # noqa: E402
+from liger_kernel.transformers.models import TESTED  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("on_device"),
@@ -25,7 +26,7 @@ pytestmark = [
 # Every family of models
 
 
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("model_type", TESTED)
 def test_loss_and_gradients_are_those_of_the_unpatched_model(model_type, fused_calls):
     model, fused, patch = both(model_type)
     assert (patch.name, patch.pattern) == ("lm_head", "linear")
@@ -35,7 +36,7 @@ def test_loss_and_gradients_are_those_of_the_unpatched_model(model_type, fused_c
     torch.testing.assert_close(output.logits.materialize(), other.logits)
 
 
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("model_type", TESTED)
 def test_evaluation_and_generation_see_ordinary_logits(model_type, fused_calls):
     model, fused, _ = both(model_type)
     given = tokens()
@@ -118,13 +119,13 @@ def test_skip_logits_builds_no_logits_in_evaluation(fused_calls):
         assert torch.equal(output.logits.materialize(), model(**given).logits)
 
 
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("model_type", TESTED)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_token_accuracy_and_predicted_tokens_on_request(model_type, training):
+def test_token_accuracy_predicted_tokens_and_entropy_on_request(model_type, training):
     model, fused, _ = both(model_type)
     model.train(training), fused.train(training)
     given = tokens()
-    output = fused(**given, return_token_accuracy=True, return_predicted_tokens=True)
+    output = fused(**given, return_token_accuracy=True, return_predicted_tokens=True, return_entropy=True)
     other = model(**given)
     shifted = F.pad(given["labels"], (0, 1), value=-100)[:, 1:]
     kept = shifted != -100
@@ -132,6 +133,8 @@ def test_token_accuracy_and_predicted_tokens_on_request(model_type, training):
     assert output.token_accuracy.dim() == 0
     torch.testing.assert_close(output.token_accuracy, (top == shifted)[kept].float().mean())
     assert torch.equal(output.predicted_tokens.view_as(top)[kept], top[kept])
+    entropy = torch.distributions.Categorical(logits=other.logits.detach()).entropy()
+    torch.testing.assert_close(output.entropy.view_as(top), entropy.where(kept, 0.0))
     assert isinstance(output, type(other)) and isinstance(output.logits, LazyLogits if training else torch.Tensor)
     torch.testing.assert_close(output.loss, other.loss)
 
@@ -143,9 +146,17 @@ def test_tuple_output_carries_the_requested_values_last():
 
 
 @pytest.mark.parametrize("items", [6, torch.tensor(6)], ids=str)
-def test_num_items_in_batch(items):
+def test_num_items_in_batch(items, fused_calls):
     model, fused, _ = both()
     agree(model, fused, tokens(), num_items_in_batch=items)
+    assert fused_calls[0]["normalizer"] is items  # divides where the gradient is formed, not after its rounding
+
+
+def test_num_items_in_batch_of_a_batch_with_none():
+    _, fused, _ = both()
+    loss = fused(**tokens(), num_items_in_batch=torch.tensor(0)).loss
+    loss.backward()
+    assert loss == 0 and all(not p.grad.any() for p in fused.parameters())
 
 
 def test_shift_labels_alone_give_a_loss():
@@ -277,13 +288,33 @@ def test_use_cross_entropy_leaves_another_loss_alone():
 # torch.compile
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "granite"])
+# Stock transformers compiles these without a graph break, and so must we.
+COMPILED = ("cohere", "falcon_h1", "gemma2", "granite", "granitemoe", "inkling2_text", "llama", "mixtral", "nemotron_h",
+            "olmo2", "phi3", "qwen3")  # fmt: skip
+SAMPLE = ("llama", "gemma2")
+
+
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(t, marks=[] if t in SAMPLE else [pytest.mark.slow]) for t in COMPILED]
+)
 def test_compiles_in_one_graph(model_type):
-    model, fused, _ = both(model_type)
-    torch._dynamo.reset()
-    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {model_type}")
+    model = tiny_model(model_type, layers=1)
+    patched = copy.deepcopy(model)
+    report = apply_liger_kernel(patched)
+    assert "fused_linear_cross_entropy" in str(report)
     given = tokens()
-    output, other = agree(model, compiled, given, num_items_in_batch=torch.tensor(9))
-    assert isinstance(output.logits, LazyLogits)
-    # aot_eager takes norms and attention apart: fp32 sums in another order, through two layers
-    torch.testing.assert_close(output.logits.materialize(), other.logits, rtol=1e-5, atol=1e-5)
+    patched(**given)  # in its first call transformers takes a lock where a model returns its router's logits
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    try:
+        compiled = torch.compile(patched, fullgraph=True, backend=counter)
+        output, other = agree(model, compiled, given, num_items_in_batch=torch.tensor(9))
+        assert counter.frame_count == 1 and isinstance(output.logits, LazyLogits)
+        # aot_eager takes norms and attention apart: fp32 sums in another order
+        torch.testing.assert_close(output.logits.materialize(), other.logits, rtol=1e-5, atol=1e-5)
+    finally:
+        revert_liger_kernel(patched)

@@ -1,9 +1,11 @@
 """A model with a fused head is undone, copied, pickled, resized, hooked and wrapped as any other."""
 
 import copy
+import importlib
 import inspect
 import io
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from support_head import agree, both, tokens
 
 pytest.importorskip("transformers")
 
+from liger_kernel.transformers import apply_liger_kernel, revert_liger_kernel  # noqa: E402
 from liger_kernel.transformers.fsdp import _FSDPForwardRedirection  # noqa: E402
 from liger_kernel.transformers.head import fuse_head  # noqa: E402
 from liger_kernel.transformers.lazy_logits import LazyLogits  # noqa: E402
@@ -59,17 +62,100 @@ def test_deepcopy_is_fused_and_separate(fused_calls):
     assert "forward" not in copied.__dict__ and isinstance(copied(**tokens()).logits, torch.Tensor)
 
 
-def test_pickle_gives_a_model_that_can_be_fused_again():
-    model, fused, _ = both()
+def saved_and_loaded(model):
     file = io.BytesIO()
-    torch.save(fused, file)
+    torch.save(model, file)
     file.seek(0)
-    loaded = torch.load(file, weights_only=False)
-    given = tokens()
-    assert isinstance(loaded(**given).logits, torch.Tensor)
-    fuse_head(loaded)
-    assert isinstance(loaded(**given).logits, LazyLogits)
-    agree(model, loaded, given)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("ran", [True, False], ids=["after a step", "never run"])
+def test_an_unpickled_model_is_fused_and_comes_off(ran, fused_calls):
+    model, fused, patch = both()
+    if ran:
+        fused(**tokens()).loss.backward()
+        fused.zero_grad()
+        fused_calls.clear()
+    loaded = saved_and_loaded(fused)
+    patch.undo()
+    assert inspect.signature(loaded.forward) == inspect.signature(model.forward)
+    output, _ = agree(model, loaded, tokens())
+    assert isinstance(output.logits, LazyLogits) and output.logits.head is loaded.lm_head and len(fused_calls) == 1
+    assert isinstance(saved_and_loaded(loaded)(**tokens()).logits, LazyLogits)
+    fuse_head(loaded).undo()
+    assert loaded.__dict__.keys() == model.__dict__.keys()
+    assert loaded.lm_head.__dict__.keys() == model.lm_head.__dict__.keys()
+
+
+def test_an_unpickled_model_can_be_undone_before_it_runs():
+    model, fused, _ = both()
+    loaded = saved_and_loaded(fused)
+    fuse_head(loaded).undo()
+    assert loaded.__dict__.keys() == model.__dict__.keys()
+    assert isinstance(loaded(**tokens()).logits, torch.Tensor)
+
+
+def test_a_patched_model_keeps_its_head_through_pickle():
+    model = tiny_model("llama")
+    apply_liger_kernel(model)
+    try:
+        loaded = saved_and_loaded(model)
+        assert isinstance(loaded(**tokens()).logits, LazyLogits)
+        assert str(apply_liger_kernel(loaded)) == str(apply_liger_kernel(model))
+        revert_liger_kernel(loaded)
+        assert isinstance(loaded(**tokens()).logits, torch.Tensor)
+    finally:
+        revert_liger_kernel(model)
+
+
+def replicated(model, n, monkeypatch):
+    """nn.DataParallel's replicas of a model on n devices that are all this one: copies whose gradients flow back."""
+    module = importlib.import_module("torch.nn.parallel.replicate")
+
+    def broadcast(tensors, devices, detach=False):
+        return [[t.detach() if detach else t.clone() for t in tensors] for _ in devices]
+
+    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", broadcast)
+    return module.replicate(model, list(range(n)))
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["plain", "lora"])
+def test_replicas_of_data_parallel_are_fused_on_their_own_parameters(adapter, fused_calls, monkeypatch):
+    model = tiny_model("llama", tie_word_embeddings=False)
+    patched = copy.deepcopy(model)
+    apply_liger_kernel(patched)
+    made = [model, patched]
+    if adapter:
+        peft = pytest.importorskip("peft")
+        for i in range(2):
+            torch.manual_seed(1)
+            config = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["lm_head", "q_proj"])
+            made[i] = peft.get_peft_model(made[i], config).train()
+    model, patched = made
+    replicas = replicated(patched, 2, monkeypatch)
+    used = {name for name, p in patched.named_parameters() if p.requires_grad}
+    given = [tokens(), tokens()]
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            outputs = list(threads.map(lambda replica, batch: replica(**batch), replicas, given))
+        assert len(fused_calls) == 2 and all(output.logits is None for output in outputs)
+        sum(output.loss for output in outputs).backward()
+        for batch, output in zip(given, outputs):
+            loss = model(**batch).loss
+            torch.testing.assert_close(output.loss, loss)
+            loss.backward()
+        theirs = dict(model.named_parameters())
+        for name, p in patched.named_parameters():
+            assert (p.grad is not None) == (name in used)
+            if p.grad is not None:
+                torch.testing.assert_close(p.grad, theirs[name].grad, rtol=1e-4, atol=1e-5, msg=name)
+        with torch.no_grad():
+            assert torch.equal(replicas[0].eval()(**given[0]).logits, patched.eval()(**given[0]).logits)
+        assert len(fused_calls) == 2
+        patched.train()(**given[0])
+        assert len(fused_calls) == 3  # the model itself is as it was
+    finally:
+        revert_liger_kernel(patched)
 
 
 def test_resized_head_stays_fused(fused_calls):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from liger_kernel.transformers.head import Gate, Window
+from liger_kernel.transformers.head_loss import Gate, Window
 from liger_kernel.transformers.lazy_logits import LazyLogits
 
 B, S, H, V = 2, 7, 16, 41

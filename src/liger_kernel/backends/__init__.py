@@ -78,8 +78,10 @@ class Backend:
     max_warps: int = 32
     tile_bytes: int = 256 * 1024  # what the fp32 tiles of one program may take together
     guard: Callable[[torch.device], contextlib.AbstractContextManager] = lambda device: contextlib.nullcontext()
+    is_current: Callable[[torch.device], bool] = lambda device: True  # whether guard() would change nothing
     stream: Callable[[torch.device], int] | None = None  # the current stream's handle: enables the fast launch
     arch: Callable[[torch.device], str] = lambda device: device.type
+    driver: Callable[[torch.device], str] = lambda device: "unknown"  # its version: a self-test holds for one
     comm: str = "gloo"
     launch: Mapping[str, object] = field(default_factory=dict)  # extra keywords of every kernel launch
     default: bool = True  # False: only where LIGER_KERNEL_IMPL names it

@@ -41,5 +41,6 @@ BACKEND = Backend(
     tile_bytes=64 * 1024,
     guard=guard_of("npu"),
     arch=lambda device: torch.get_device_module("npu").get_device_name(device),
+    driver=lambda device: str(getattr(torch.version, "cann", "unknown")),
     comm="hccl",
 )

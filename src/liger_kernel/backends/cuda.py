@@ -24,9 +24,11 @@ def cores(device: torch.device) -> int:
 
 def guard(device: torch.device) -> contextlib.AbstractContextManager:
     """Make `device` current. A context manager costs microseconds, so none is entered where it already is."""
-    if device.index is None or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
+    return contextlib.nullcontext() if is_current(device) else torch.cuda.device(device)
+
+
+def is_current(device: torch.device) -> bool:
+    return device.index is None or device.index == torch.cuda.current_device()
 
 
 def _arch(device: torch.device) -> str:
@@ -41,7 +43,10 @@ BACKEND = Backend(
     why_no_triton=triton_missing,
     cores=cores,
     guard=guard,
+    # A tensor on a GPU has initialised CUDA and has an index: neither is asked for again at every launch.
+    is_current=lambda device: device.index == torch._C._cuda_getDevice(),
     stream=lambda device: torch._C._cuda_getCurrentRawStream(device.index),
     arch=_arch,
+    driver=lambda device: str(torch._C._cuda_getDriverVersion()),
     comm="nccl",
 )

@@ -14,5 +14,6 @@ BACKEND = Backend(
     max_warps=16,
     guard=cuda.guard,
     arch=lambda device: cuda.properties(device).gcnArchName.split(":")[0],
+    driver=lambda device: str(torch.version.hip),
     comm="nccl",
 )

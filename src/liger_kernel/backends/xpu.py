@@ -25,5 +25,6 @@ BACKEND = Backend(
     cores=cores,
     guard=guard_of("xpu"),
     arch=lambda device: _properties(device.index or 0).name,
+    driver=lambda device: _properties(device.index or 0).driver_version,
     comm="xccl",
 )

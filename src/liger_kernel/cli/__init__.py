@@ -1,4 +1,4 @@
-"""The command `liger-kernel`: demo, compare, bench, env. What a subcommand needs is imported when it runs."""
+"""The command `liger-kernel`: demo, compare, bench, doctor, selftest, env; a subcommand imports what it needs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="liger-kernel", description="Fused kernels for LLM training.")
     parser.add_argument("--version", action="version", version=f"liger-kernel {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | compare | bench | env")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="demo | compare | bench | doctor | selftest | env"
+    )
 
     demo = commands.add_parser("demo", help="train a small model on real text with and without the kernels")
     compare = commands.add_parser("compare", help="the same with your own model and data: what would you gain?")
@@ -62,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--seq", type=count, help="tokens per sequence of the estimate (default: 2048)")
     doctor.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     doctor.add_argument("--json", action="store_true", help="print the report and the estimate as JSON")
+
+    selftest = commands.add_parser(
+        "selftest", help="run every op on this device against fp64, and avoid those that fail"
+    )
+    selftest.add_argument("--device", help="torch device (default: the accelerator, else the CPU)")
+    selftest.add_argument("--ops", nargs="+", metavar="OP", help="only these ops (default: all)")
 
     commands.add_parser("env", help="versions, devices, and which implementation runs each op")
     return parser

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from liger_kernel import backends
+from liger_kernel import backends, verdicts
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,12 @@ def resolve(op: str, device_type: str, impl: str | None = None) -> Resolution:
         return _triton(op, backend, "asked for", forced=True)
     if wanted is not None:
         return _of_backend(op, device_type, backends.all_backends()[wanted])
+    if error := verdicts.failure(op, device_type):
+        warnings.warn(
+            f"{op} failed `liger-kernel selftest` on {device_type} and runs in plain torch until it passes: {error}",
+            stacklevel=2,
+        )
+        return Resolution(_torch_pair(op), "torch", f"it failed the self-test: {error}")
     if op in backend.overrides:
         return Resolution(_load(backend.overrides[op]), backend.name, "the backend's own kernels")
     return _triton(op, backend, "the device runs Triton", forced=False)
@@ -230,6 +236,11 @@ def set_impl(name: str | None) -> None:
     except ValueError:
         _forced = before
         raise
+    forget()
+
+
+def forget() -> None:
+    """Find every pair anew at its next call."""
     _resolved.clear()
 
 

@@ -62,8 +62,8 @@ def run(
     if counts_for_free(hidden) and not (live := given.target != loss.ignore_index).all():
         kept = live.nonzero().squeeze(1)
         remaining = hidden[kept], weight, bias, given.take(kept)
-        low = None if low_rank is None else replace(low_rank, inputs=low_rank.inputs[kept])
-        part = list(run(*remaining, loss, fields, needs, dtype, accum_dtype, workspace_bytes, low))
+        term = None if low_rank is None else replace(low_rank, inputs=low_rank.inputs[kept])
+        part = list(run(*remaining, loss, fields, needs, dtype, accum_dtype, workspace_bytes, term))
         for at, like in ((1, hidden),) if low_rank is None else ((1, hidden), (4, low_rank.inputs)):
             if part[at] is not None:
                 part[at] = torch.zeros_like(like).index_copy_(0, kept, part[at])
@@ -118,7 +118,10 @@ class _LowRankTerm:
         self.given, device = term, term.inputs.device
         self.inputs, self.weight = term.inputs.to(dtype).contiguous(), term.weight.to(dtype).contiguous()
         self.d_inputs = torch.empty_like(self.inputs) if term.needs[0] else None
-        self.d_weight = WeightSum(*term.weight.shape, wide(dtype), wide(dtype), device) if term.needs[1] else None
+        self.d_weight = None
+        if term.needs[1]:
+            n_classes, rank = term.weight.shape
+            self.d_weight = WeightSum(n_classes, rank, wide(dtype), wide(dtype), device)
 
     def add_logits(self, logits, i: int, j: int) -> None:
         logits.addmm_(self.inputs[i:j], self.weight.t())

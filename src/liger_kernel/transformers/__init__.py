@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 
 from liger_kernel import _lazy
@@ -41,13 +42,6 @@ _NOT_BUILT = (
     "LigerSparsemax",
     "LigerSwiGLUMLPForMuseGlimmer", "LigerTVDLoss", "LigerTiledGEGLUMLP", "LigerTiledSwiGLUMLP",
     "LigerVocabParallelCrossEntropy",
-    # apply_liger_kernel(model) patches these types too, as far as they can be verified
-    *(APPLY_PREFIX + model_type for model_type in (
-        "deepseek_v2", "deepseek_v3", "deepseek_v4", "exaone4", "falcon_h1", "gemma3", "gemma4", "gemma4_text", "glm4",
-        "glm4v", "glm4v_moe", "gpt_oss", "hunyuan_v1_dense", "hunyuan_v1_moe", "internvl", "llama4", "llava",
-        "ministral", "mllama", "muse_glimmer", "nemotron", "olmo3", "paligemma", "pixtral", "qwen2_5_vl", "qwen2_vl",
-        "qwen3_5", "qwen3_5_moe", "qwen3_moe", "qwen3_next", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
-    )),
 )  # fmt: skip
 
 __all__, _resolve = _lazy.lazy_names(__name__, _MODULES | _ENGINE, _NOT_BUILT)
@@ -62,6 +56,8 @@ def is_transformers_available() -> bool:
 def __getattr__(name: str):
     if name in _NEEDS_TRANSFORMERS and not is_transformers_available():
         raise ImportError(f"{__name__}.{name} needs transformers: pip install 'liger-kernel[train]'")
+    if name.startswith(APPLY_PREFIX) and is_transformers_available():  # of a type without a row
+        return getattr(importlib.import_module(f"{_HERE}.monkey_patch"), name)
     return _resolve(name)
 
 

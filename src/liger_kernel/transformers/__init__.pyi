@@ -37,6 +37,46 @@ from liger_kernel.transformers.swiglu import LigerQwen3MoeSwiGLUMLP as LigerQwen
 from liger_kernel.transformers.swiglu import LigerSwiGLUMLP as LigerSwiGLUMLP
 
 def is_transformers_available() -> bool: ...
+def apply_liger_kernel_to_deepseek_v2(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_deepseek_v3(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_deepseek_v4(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_exaone4(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_falcon_h1(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
 def apply_liger_kernel_to_gemma(
     rope: bool | None = True,
     cross_entropy: bool | None = False,
@@ -53,12 +93,70 @@ def apply_liger_kernel_to_gemma2(
     geglu: bool | None = True,
     model: nn.Module | None = None,
 ) -> Report | None: ...
+def apply_liger_kernel_to_gemma3(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    layer_norm: bool | None = True,
+    rms_norm: bool | None = True,
+    geglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
 def apply_liger_kernel_to_gemma3_text(
     rope: bool | None = True,
     cross_entropy: bool | None = False,
     fused_linear_cross_entropy: bool | None = True,
     rms_norm: bool | None = True,
     geglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_gemma4(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    layer_norm: bool | None = True,
+    rms_norm: bool | None = True,
+    geglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_gemma4_text(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    geglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_glm4(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_glm4v(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_glm4v_moe(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_gpt_oss(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
     model: nn.Module | None = None,
 ) -> Report | None: ...
 def apply_liger_kernel_to_granite(
@@ -69,7 +167,71 @@ def apply_liger_kernel_to_granite(
     swiglu: bool | None = True,
     model: nn.Module | None = None,
 ) -> Report | None: ...
+def apply_liger_kernel_to_hunyuan_v1_dense(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_hunyuan_v1_moe(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_internvl(
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    layer_norm: bool | None = True,
+    model: nn.Module | None = None,
+    *,
+    rope: bool | None = True,
+    swiglu: bool | None = True,
+    geglu: bool | None = True,
+) -> Report | None: ...
 def apply_liger_kernel_to_llama(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_llama4(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+    layer_norm: bool | None = True,
+) -> Report | None: ...
+def apply_liger_kernel_to_llama4_text(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+    layer_norm: bool | None = True,
+) -> Report | None: ...
+def apply_liger_kernel_to_llava(
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    model: nn.Module | None = None,
+    *,
+    rope: bool | None = True,
+    rms_norm: bool | None = True,
+    layer_norm: bool | None = True,
+    swiglu: bool | None = True,
+    geglu: bool | None = True,
+) -> Report | None: ...
+def apply_liger_kernel_to_ministral(
     rope: bool | None = True,
     cross_entropy: bool | None = False,
     fused_linear_cross_entropy: bool | None = True,
@@ -93,6 +255,42 @@ def apply_liger_kernel_to_mixtral(
     swiglu: bool | None = True,
     model: nn.Module | None = None,
 ) -> Report | None: ...
+def apply_liger_kernel_to_mllama(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    layer_norm: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_mllama_text_model(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    layer_norm: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_muse_glimmer(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    layer_norm: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_nemotron(
+    relu_squared: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    model: nn.Module | None = None,
+    *,
+    rope: bool | None = True,
+    layer_norm: bool | None = True,
+) -> Report | None: ...
 def apply_liger_kernel_to_olmo2(
     rope: bool | None = True,
     cross_entropy: bool | None = False,
@@ -101,10 +299,33 @@ def apply_liger_kernel_to_olmo2(
     swiglu: bool | None = True,
     model: nn.Module | None = None,
 ) -> Report | None: ...
+def apply_liger_kernel_to_olmo3(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_paligemma(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    layer_norm: bool | None = True,
+    rms_norm: bool | None = True,
+    geglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
 def apply_liger_kernel_to_phi3(
     rope: bool | None = True,
     cross_entropy: bool | None = False,
     fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_pixtral(
+    rope: bool | None = True,
     rms_norm: bool | None = True,
     swiglu: bool | None = True,
     model: nn.Module | None = None,
@@ -117,7 +338,121 @@ def apply_liger_kernel_to_qwen2(
     swiglu: bool | None = True,
     model: nn.Module | None = None,
 ) -> Report | None: ...
+def apply_liger_kernel_to_qwen2_5_vl(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_qwen2_5_vl_text(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_qwen2_vl(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    layer_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_qwen2_vl_text(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    layer_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
 def apply_liger_kernel_to_qwen3(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_qwen3_5(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_qwen3_5_moe(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_qwen3_5_moe_text(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_qwen3_5_text(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_qwen3_moe(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_qwen3_next(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_qwen3_vl(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_qwen3_vl_moe(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_qwen3_vl_moe_text(
+    rope: bool | None = True,
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    swiglu: bool | None = True,
+    model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_qwen3_vl_text(
     rope: bool | None = True,
     cross_entropy: bool | None = False,
     fused_linear_cross_entropy: bool | None = True,
@@ -132,4 +467,15 @@ def apply_liger_kernel_to_smollm3(
     rms_norm: bool | None = True,
     swiglu: bool | None = True,
     model: nn.Module | None = None,
+) -> Report | None: ...
+def apply_liger_kernel_to_smolvlm(
+    cross_entropy: bool | None = False,
+    fused_linear_cross_entropy: bool | None = True,
+    rms_norm: bool | None = True,
+    layer_norm: bool | None = True,
+    model: nn.Module | None = None,
+    *,
+    rope: bool | None = True,
+    swiglu: bool | None = True,
+    geglu: bool | None = True,
 ) -> Report | None: ...

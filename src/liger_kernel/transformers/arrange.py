@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from liger_kernel.transformers import patch
+from liger_kernel.transformers.models import MODELS
 
 _building = threading.local()  # how many constructors of arranged classes are running
 
@@ -86,13 +87,19 @@ def withdraw(model_type: str) -> None:
 
 
 def classes_of(model_type: str) -> list[type]:
-    """The model classes that take the configuration of a type."""
-    from transformers import PreTrainedModel
+    """The model classes that take the configuration of a type, or of a part of it that has a type of its own."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"transformers knows no model type {model_type!r}")
-    config = CONFIG_MAPPING[model_type]
+    parts = MODELS[model_type].parts if model_type in MODELS else ()
+    configs = [CONFIG_MAPPING[part] for part in (model_type, *parts) if part in CONFIG_MAPPING]
+    return [cls for config in configs for cls in _classes_with(config)]
+
+
+def _classes_with(config: type) -> list[type]:
+    from transformers import PreTrainedModel
+
     modeling = importlib.import_module(config.__module__.replace(".configuration_", ".modeling_"))
     return [
         cls

@@ -30,8 +30,5 @@ def _take_flags(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _patched(model, flags):
-    if model.config.model_type in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
-        monkey_patch._apply_liger_kernel_to_instance(model, **flags)
-    else:
-        patch.apply_liger_kernel(model, **flags)
+    monkey_patch._apply_liger_kernel_to_instance(model, **flags)
     return model

@@ -7,37 +7,40 @@ its loss function, where `FusedLoss` computes the loss in row chunks. Everything
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as torch_functional
 
-from liger_kernel.backends import while_tracing
-from liger_kernel.transformers import functional
+from liger_kernel.transformers.head_loss import RESULTS, CrossEntropyLoss, FusedLoss, Gate, Window, is_causal_loss
 from liger_kernel.transformers.head_weight import (
-    extended_inputs,
+    adapter_inputs,
+    adapters_of,
     is_foldable,
     is_lora,
     is_peft,
     linear_of,
-    weight_and_bias,
+    parameters_of,
     why_not_linear,
     why_not_lora,
 )
-from liger_kernel.transformers.lazy_logits import LazyLogits, scale_options
-from liger_kernel.transformers.model import loss_utils
+from liger_kernel.transformers.lazy_logits import LazyLogits
 from liger_kernel.transformers.model.output_classes import with_results
+from liger_kernel.transformers.replicas import bind_replicas, unbind_replicas
 
 # Keywords of the patched forward that transformers' forwards do not know.
-OPTIONS = ("accum_dtype", "return_predicted_tokens", "return_token_accuracy", "skip_logits", "use_token_scaling")
+OPTIONS = (
+    "accum_dtype", "return_entropy", "return_predicted_tokens", "return_token_accuracy", "skip_logits",
+    "use_token_scaling",
+)  # fmt: skip
 # Keywords of the loss that a forward may or may not pass on.
 LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels")
 _PATCH = "_liger_head"
@@ -65,9 +68,22 @@ def fuse_head(model: nn.Module) -> HeadPatch:
     fusion = model.__dict__.get(_PATCH)
     if fusion is None:
         fusion = Fusion(model)
+    elif fusion.asleep:
+        fusion.wake()
     if not fusion.enabled:
         fusion.bind()
     return HeadPatch(fusion.name, fusion.pattern, fusion.undo)
+
+
+def _asleep(model: nn.Module, slot: str) -> Fusion:
+    """A fusion read from a pickle, of a model that is still empty: it binds the head at the first call.
+
+    Its forward is bound at once: pickle then reads the bound method back by its name.
+    """
+    fusion = object.__new__(Fusion)
+    fusion.model, fusion.slot, fusion.asleep, fusion.enabled = model, slot, True, False
+    model.__dict__[slot] = MethodType(_forward_for(MethodType(_class_forward(type(model)), model)), model)
+    return fusion
 
 
 def use_cross_entropy(model: nn.Module) -> HeadPatch:
@@ -77,7 +93,7 @@ def use_cross_entropy(model: nn.Module) -> HeadPatch:
     """
     current: Any = getattr(model, "loss_function", None)
     if not isinstance(current, CrossEntropyLoss):
-        if not _is_causal_loss(current):
+        if not is_causal_loss(current):
             name = getattr(current, "__name__", current)
             raise HeadLeftAlone(f"its loss is {name}, not transformers' ForCausalLMLoss")
         current = CrossEntropyLoss(current, _saved(model, ["_loss_function"]))
@@ -85,52 +101,25 @@ def use_cross_entropy(model: nn.Module) -> HeadPatch:
     return HeadPatch("loss_function", "liger_cross_entropy", functools.partial(_restore, model, current.before))
 
 
-# The window: one forward
+# What is bound to the model and to its head
 
 
-@dataclass
-class Window:
-    """What one forward of the model was asked for, and what its loss found."""
-
-    gate: Gate
-    defer: bool
-    options: dict = field(default_factory=dict)
-    keywords: dict = field(default_factory=dict)
-    results: dict = field(default_factory=dict)
-
-    def collect(self, results: tuple) -> None:
-        """Keep token_accuracy and predicted_tokens of an unpacked result."""
-        self.results.update(token_accuracy=results[2], predicted_tokens=results[3])
-
-    def first_use(self) -> bool:
-        """Whether this model's lazy logits are used for the first time."""
-        first, self.gate.used = not self.gate.used, True
-        return first
-
-
-class Gate:
-    """Shared by a model's forward, head and loss: the window that is open now, if any.
-
-    It refers to no module, so that a copy of the head alone (PEFT makes one) does not copy the model.
-    """
-
-    def __init__(self):
-        self.window: Window | None = None
-        self.used = False
-
-
-# The three bound pieces
-
-
-def _forward_for(inner: Callable, signature: inspect.Signature) -> Any:
+def _forward_for(inner: Callable, signature: inspect.Signature | None = None) -> Any:
     """The patched forward, named and documented like the one it runs, with this signature (self included).
 
+    By default that of inner, a bound method.
     Without functools.wraps' __wrapped__: accelerate unwraps a forward as far as it can, which would take this off.
     """
 
     @functools.wraps(inner, updated=())
     def forward(self, *args, **kwargs):
         fusion = self.__dict__.get(_PATCH)
+        if fusion is not None and fusion.asleep:
+            try:
+                fusion.wake()
+            except HeadLeftAlone as reason:
+                warnings.warn(f"the LM head is not fused any more: {reason}", stacklevel=2)
+                return self.forward(*args, **kwargs)
         if fusion is not None:
             return fusion.run(args, kwargs)
         patch = fuse_head(self)
@@ -139,6 +128,10 @@ def _forward_for(inner: Callable, signature: inspect.Signature) -> Any:
         finally:
             patch.undo()
 
+    if signature is None:
+        me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        own = inspect.signature(inner)
+        signature = own.replace(parameters=[me, *own.parameters.values()])
     del forward.__wrapped__
     forward.__dict__.update({"__signature__": signature, _PATCH: True})
     return forward
@@ -147,80 +140,24 @@ def _forward_for(inner: Callable, signature: inspect.Signature) -> Any:
 def _head_forward(self, hidden, *args, reduce=None, **kwargs):
     gate = getattr(self, _GATE)
     if reduce is not None:
-        return reduce(hidden, *weight_and_bias(self))
+        return reduce(hidden, *parameters_of(self, *args))
     window = gate.window
     if window is None or not window.defer or args or kwargs or not is_foldable(self):
         return _own_forward(self)(hidden, *args, **kwargs)
-    return LazyLogits(extended_inputs(self, hidden), self, linear_of(self).weight.shape[0], window)
+    names = adapters_of(self)
+    low = adapter_inputs(self, hidden, names) if names else None
+    return LazyLogits(hidden, self, linear_of(self).weight.shape[0], window, low=low, adapters=names)
 
 
 _head_forward.__name__ = "forward"  # pickle stores a bound method by name; the class's forward is the one to find
 
 
-class FusedLoss:
-    """model.loss_function: the fused causal loss for lazy logits, the model's own loss for real ones."""
-
-    def __init__(self, gate: Gate, own: Callable):
-        self.gate = gate
-        self.own = own
-
-    def __call__(self, *args, **kwargs):
-        if not _is_causal_loss(self.own):
-            return self.own(*args, **kwargs)  # its cross entropy of lazy logits is fused all the same
-        if self.gate.window is not None:
-            kwargs = {**self.gate.window.keywords, **kwargs}
-        return self._causal(*args, **kwargs)
-
-    def _causal(self, logits, labels, vocab_size, *args, **kwargs):
-        lazy = isinstance(logits, LazyLogits) and logits.is_fusable() and logits.size(-1) == vocab_size
-        if args or not lazy:
-            return self.own(logits, labels, vocab_size, *args, **kwargs)
-        window = logits.window
-        kwargs = {**kwargs, **window.options, **scale_options(logits, "final_logit_softcapping")}
-
-        def loss(hidden, weight, bias):
-            if bias is not None:
-                kwargs["bias"] = bias
-            result = loss_utils.LigerForCausalLMLoss(
-                hidden_states=hidden, lm_head_weight=weight, labels=labels, hidden_size=hidden.shape[-1], **kwargs
-            )
-            return loss_utils.unpack_cross_entropy_result(result)
-
-        results = logits.reduce(loss)
-        window.collect(results)
-        return results[0].to(logits.device, torch.float32)  # transformers computes the loss of logits.float()
-
-
-class CrossEntropyLoss:
-    """model.loss_function for an explicit cross_entropy=True: our cross entropy on ordinary logits."""
-
-    def __init__(self, own: Callable, before: dict):
-        self.own = own
-        self.before = before
-
-    def __call__(
-        self, logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs
-    ):
-        if shift_labels is None:
-            shift_labels = torch_functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        loss = functional.liger_cross_entropy(
-            logits.reshape(-1, vocab_size),
-            shift_labels.reshape(-1).to(logits.device),
-            ignore_index=ignore_index,
-            reduction="mean" if num_items_in_batch is None else "sum",
-        ).float()
-        if num_items_in_batch is None:
-            return loss
-        if isinstance(num_items_in_batch, torch.Tensor):
-            num_items_in_batch = num_items_in_batch.to(loss.device)
-        return loss / num_items_in_batch
-
-
 class Fusion:
-    """What is bound to one model, and how to take it off. Copied with the model; not pickled, as forwards are not."""
+    """What is bound to one model, and how to take it off. Copied and pickled with the model."""
 
     def __init__(self, model: nn.Module):
         self.model = model
+        self.asleep = False
         self.slot = _forward_slot(model)
         inner = model.__dict__.get(self.slot)
         if inner is None or _is_ours(inner):
@@ -246,20 +183,18 @@ class Fusion:
         self.head = None
         if model.__dict__.get(_PATCH) is None:
             self.model_before = _saved(model, [self.slot, _PATCH])
-            me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-            signature = self.signature.replace(parameters=[me, *self.signature.parameters.values()])
             model.__dict__[_PATCH] = self
-            model.__dict__[self.slot] = MethodType(_forward_for(self.inner, signature), model)
+            model.__dict__[self.slot] = MethodType(_forward_for(self.inner), model)
+            bind_replicas(model)
         self.loss_before = _saved(model, ["_loss_function"])
         own: Any = getattr(model, "loss_function", None)
-        if own is not None:  # one of ours came with a pickled model
-            _set_loss(model, FusedLoss(self.gate, own.own if isinstance(own, FusedLoss) else own))
+        if own is not None:
+            _set_loss(model, FusedLoss(self.gate, own, self.loss_before))
         self._bind_head(*find_head(model))
         self.enabled = True
 
     def _bind_head(self, head: nn.Module, pattern: str) -> None:
-        if self.head is not None:
-            _restore(self.head, self.head_before)
+        self._unbind_head()
         slot = _forward_slot(head)
         self.head, self.name, self.pattern = head, _name_of(head, self.model), pattern
         self.head_before = _saved(head, [slot, _GATE])
@@ -267,18 +202,42 @@ class Fusion:
             self.head_before = dict.fromkeys(self.head_before, _MISSING)
         head.__dict__[_GATE] = self.gate
         head.__dict__[slot] = MethodType(_head_forward, head)
+        bind_replicas(head)
+
+    def _unbind_head(self) -> None:
+        if self.head is not None:
+            _restore(self.head, self.head_before)
+            unbind_replicas(self.head)
+            self.head = None
+
+    def wake(self) -> None:
+        """Fuse the head of a model that was read from a pickle; HeadLeftAlone, and nothing bound, if it cannot be."""
+        model = self.model
+        loss = model.__dict__.get("_loss_function")
+        if isinstance(loss, FusedLoss):
+            _restore(model, loss.before)
+        for module in model.modules():
+            if _GATE in module.__dict__:
+                _restore(module, dict.fromkeys((_forward_slot(module), _GATE), _MISSING))
+        _restore(model, dict.fromkeys((self.slot, _PATCH), _MISSING))
+        unbind_replicas(model)
+        self.__init__(model)  # type: ignore[misc]
+        self.bind()
 
     def undo(self) -> None:
         """Take everything off. A forward that someone has wrapped since goes on to run the model's own one."""
+        if self.asleep:
+            with contextlib.suppress(HeadLeftAlone):
+                self.wake()
         if not self.enabled:
             return
         self.enabled = False
         if _is_ours(self.model.__dict__.get(self.slot)):
             _restore(self.model, self.model_before)
+            unbind_replicas(self.model)
         if isinstance(self.model.__dict__.get("_loss_function"), FusedLoss):
             _restore(self.model, self.loss_before)
-        if self.head is not None:
-            _restore(self.head, self.head_before)
+        self._unbind_head()
 
     def _follow_head(self) -> bool:
         """Whether the model's head is fused; one replaced since (PEFT, resized embeddings) is bound first."""
@@ -287,8 +246,7 @@ class Fusion:
         except HeadLeftAlone as reason:
             if self.head is not None:
                 warnings.warn(f"the LM head is not fused any more: {reason}", stacklevel=5)
-                _restore(self.head, self.head_before)
-                self.head = None
+                self._unbind_head()
             return False
         if head is not self.head:
             self._bind_head(head, pattern)
@@ -325,12 +283,25 @@ class Fusion:
     def _finish(self, output, window: Window, keeps_lazy: bool):
         if window.defer and not keeps_lazy:
             output = _with_real_logits(output)
-        wanted = {name: window.results.get(name) for name in ("token_accuracy", "predicted_tokens")}
-        wanted = {name: value for name, value in wanted.items() if window.options.get(f"return_{name}")}
+        elif window.defer and getattr(self.model, "_is_replica", False):
+            output.logits = None  # nn.DataParallel would put those of all devices on one
+        if window.options.get("use_token_scaling") and not window.results:
+            raise ValueError("use_token_scaling needs the fused head and a loss, and this call had only one or neither")
+        wanted = {name: window.results.get(name) for name in RESULTS if window.options.get(f"return_{name}")}
         return with_results(output, wanted) if wanted else output
 
+    def replicated(self, replica: nn.Module) -> Fusion:
+        """The same for a replica, which runs in a thread of its own beside the others: with a gate of its own."""
+        new = object.__new__(Fusion)
+        new.__dict__.update(self.__dict__, model=replica, head=None, gate=Gate())
+        if isinstance(loss := replica.__dict__.get("_loss_function"), FusedLoss):
+            _set_loss(replica, FusedLoss(new.gate, loss.own, loss.before))
+        if isinstance(self.inner, MethodType) and self.inner.__self__ is self.model:
+            new.inner = MethodType(self.inner.__func__, replica)
+        return new
+
     def __reduce__(self):
-        return type(None), ()
+        return _asleep, (self.model, self.slot)
 
     def __deepcopy__(self, memo):
         new = memo[id(self)] = object.__new__(Fusion)
@@ -415,13 +386,6 @@ def _class_forward(kind: type) -> Callable:
         if forward is not None and not getattr(forward, _PATCH, False) and base is not nn.Module:
             return forward
     raise HeadLeftAlone(f"{kind.__name__}.forward has been replaced; bind the fused forward to an instance instead")
-
-
-@while_tracing
-def _is_causal_loss(function: Any) -> bool:
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
-    return function is ForCausalLMLoss
 
 
 def _with_real_logits(output):

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch.nn import functional as torch_functional
 
+from liger_kernel.transformers.head_weight import merged_into
+
 _STATE = ("hidden", "head", "window", "dtype", "device", "_vocab_size", "_steps", "_vocab", "_autocast", "_grad",
-          "_settled", "_made_at")  # fmt: skip
+          "_settled", "_made_at", "_low", "_adapters")  # fmt: skip
 
 
 class LazyLogits:
@@ -25,9 +27,14 @@ class LazyLogits:
 
     head(hidden, reduce=f) must return f(hidden, weight, bias), run inside the module's call so that its hooks
     (FSDP, ZeRO, offloading) have the weight in place. window holds the options of the forward it was made in.
+    With low (..., r), the inputs of low-rank `adapters`, head(hidden, low, adapters, reduce=f) returns
+    f(hidden, weight, bias, (low, B)).
     """
 
-    def __init__(self, hidden, head, vocab_size, window=None, steps=(), dtype=None, vocab=None, grad=None, device=None):
+    def __init__(
+        self, hidden, head, vocab_size, window=None, steps=(), dtype=None, vocab=None, grad=None, device=None,
+        low=None, adapters=(),
+    ):  # fmt: skip
         self.hidden = hidden
         self.head = head
         self.window = window
@@ -41,6 +48,7 @@ class LazyLogits:
         self.device = device or hidden.device
         self._value: torch.Tensor | None = None
         self._settled = False
+        self._low, self._adapters = low, adapters
         self._made_at = {} if torch.compiler.is_compiling() else _versions(head)
 
     def _like(self, **changes) -> LazyLogits:
@@ -49,6 +57,11 @@ class LazyLogits:
             setattr(new, name, changes.get(name, getattr(self, name)))
         new._value = None
         return new
+
+    def _moved(self, move: Callable, **changes) -> LazyLogits:
+        """These logits with `move`, which leaves the last dim alone, done to what they are computed from."""
+        low = None if self._low is None else move(self._low)
+        return self._like(hidden=move(self.hidden), _low=low, **changes)
 
     def _step(self, name: str, value: Any, **changes) -> LazyLogits:
         return self._like(_steps=(*self._steps, (name, value)), **changes)
@@ -120,7 +133,7 @@ class LazyLogits:
             vocab = self.shape[-1]
             whole = sizes[-1] == -1 and -1 not in sizes[:-1] and math.prod(sizes[:-1]) == math.prod(lead)
             if sizes[-1] == vocab or whole:
-                return self._like(hidden=self.hidden.reshape(*sizes[:-1], self.hidden.shape[-1]))
+                return self._moved(lambda x: x.reshape(*sizes[:-1], x.shape[-1]))
         return self.materialize().reshape(*sizes)
 
     reshape = view
@@ -128,7 +141,7 @@ class LazyLogits:
     def flatten(self, start_dim: int = 0, end_dim: int = -1):
         last = end_dim + self.ndim if end_dim < 0 else end_dim
         if not self._settled and last < self.ndim - 1:
-            return self._like(hidden=self.hidden.flatten(start_dim, last))
+            return self._moved(lambda x: x.flatten(start_dim, last))
         return self.materialize().flatten(start_dim, end_dim)
 
     def __getitem__(self, index):
@@ -139,7 +152,7 @@ class LazyLogits:
         """The lazy result of an index of slices and ints, or of one tensor over leading dims; None otherwise."""
         if isinstance(index, torch.Tensor):
             used = index.dim() if index.dtype is torch.bool else 1
-            return self._like(hidden=self.hidden[index]) if used < self.ndim else None
+            return self._moved(lambda x: x[index]) if used < self.ndim else None
         parts = index if isinstance(index, tuple) else (index,)
         if not all(isinstance(part, (slice, int)) or part is Ellipsis for part in parts):
             return None
@@ -155,7 +168,7 @@ class LazyLogits:
             start, stop, _ = last.indices(self.shape[-1])
             first = vocab[0] if vocab else 0
             vocab = (first + start, first + max(start, stop))
-        return self._like(hidden=self.hidden[parts[:-1]], _vocab=vocab)
+        return self._moved(lambda x: x[parts[:-1]], _vocab=vocab)
 
     def __mul__(self, factor):
         if _is_number(factor) and not self._settled:
@@ -178,7 +191,7 @@ class LazyLogits:
     def detach(self):
         if self._settled:
             return self.materialize().detach()
-        return self._like(hidden=self.hidden.detach(), _grad=False)
+        return self._moved(lambda x: x.detach(), _grad=False)
 
     # The fused way
 
@@ -210,14 +223,19 @@ class LazyLogits:
         return not self._settled and self.scales() is not None
 
     def reduce(self, function: Callable):
-        """function(hidden, weight, bias), run inside the head's call and under the autocast it was first called in."""
+        """function(hidden, weight, bias) or, with adapters, function(hidden, weight, bias, low_rank).
 
-        def sliced(hidden, weight, bias):
+        Run inside the head's call and under the autocast it was first called in.
+        """
+
+        def sliced(hidden, weight, bias, *low_rank):
             part = slice(*self._vocab)
-            return function(hidden, weight[part], None if bias is None else bias[part])
+            low_rank = [(u, low[part]) for u, low in low_rank]
+            return function(hidden, weight[part], None if bias is None else bias[part], *low_rank)
 
+        adapted = () if self._low is None else (self._low, self._adapters)
         with nullcontext() if self._grad else torch.no_grad(), self._made_under_autocast():
-            return self.head(self.hidden, reduce=function if self._vocab is None else sliced)
+            return self.head(self.hidden, *adapted, reduce=function if self._vocab is None else sliced)
 
     def _made_under_autocast(self):
         """The autocast state of the head's call, where it is another one now."""
@@ -229,7 +247,7 @@ class LazyLogits:
     def cross_entropy(self, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
         """F.cross_entropy of these logits (T, V) and target (T,), fused; the loss has the logits' dtype."""
         from liger_kernel.transformers import functional
-        from liger_kernel.transformers.model.loss_utils import unpack_cross_entropy_result
+        from liger_kernel.transformers.model.loss_utils import low_rank_options, unpack
 
         options = {} if self.window is None else dict(self.window.options)
         options.update(scale_options(self, "softcap"))
@@ -240,10 +258,11 @@ class LazyLogits:
 
         options.update(ignore_index=ignore_index, reduction=reduction)
 
-        def loss(hidden, head_weight, bias):
+        def loss(hidden, head_weight, bias, low_rank=None):
             given = options if bias is None else options | {"bias": bias}
-            result = functional.liger_fused_linear_cross_entropy(hidden, head_weight, target.to(hidden.device), **given)
-            return unpack_cross_entropy_result(result)
+            hidden, head_weight, more = low_rank_options(hidden, head_weight, low_rank)
+            target_ = target.to(hidden.device)
+            return unpack(functional.liger_fused_linear_cross_entropy(hidden, head_weight, target_, **given, **more))
 
         results = self.reduce(loss)
         if self.window is not None:
@@ -260,7 +279,7 @@ class LazyLogits:
                 self._check_weight()
                 if not quiet:
                     self._warn()
-            value = self.reduce(torch_functional.linear)
+            value = self.reduce(_linear)
             with nullcontext() if self._grad else torch.no_grad():
                 for name, operand in self._steps:
                     value = value.tanh() if name == "tanh" else getattr(value, name)(operand)
@@ -349,9 +368,17 @@ def _fused_cross_entropy(
     return input.cross_entropy(target, weight, ignore_index, reduction, label_smoothing)
 
 
-def _versions(head) -> dict[int, int]:
-    """How often each parameter of the head has been written; sharded ones are other objects during the forward."""
-    return {id(p): p._version for p in head.parameters() if not p.is_inference()}
+def _linear(hidden, weight, bias, low_rank=None):
+    logits = torch_functional.linear(hidden, weight, bias)
+    return logits if low_rank is None else (logits + torch_functional.linear(*low_rank)).to(logits.dtype)
+
+
+def _versions(head) -> dict:
+    """How often each parameter of the head has been written; sharded ones are other objects during the forward.
+
+    Also the adapters in its weight: PEFT writes them there behind the count of writes.
+    """
+    return {"merged": merged_into(head)} | {id(p): p._version for p in head.parameters() if not p.is_inference()}
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:

@@ -1,6 +1,6 @@
 """The interface other projects know: a function per model type, and the mapping that finds it.
 
-Every function comes from a row of models.py and calls the one engine in patch.py.
+Every function calls the one engine in patch.py; models.py says which flags it shows.
 """
 
 from __future__ import annotations
@@ -8,89 +8,157 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, MutableMapping
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
 from liger_kernel.transformers import arrange, patch
-from liger_kernel.transformers.models import APPLY_PREFIX, MODELS, Model
+from liger_kernel.transformers.models import APPLY_PREFIX, FAMILY, MLP_FLAGS, Model, function_name, row_of
 
 logger = logging.getLogger(__name__)
 
 
-def _function_for(model_type: str, row: Model) -> Callable:
-    """apply_liger_kernel_to_<model_type>, with the flags of its row."""
-    defaults = row.flags()
-    keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter(f, keyword, default=d, annotation=bool) for f, d in defaults.items()]
-    model = inspect.Parameter("model", keyword, default=None, annotation=nn.Module)
-    signature = inspect.Signature([*parameters, model])
+def _function_for(model_type: str) -> Callable:
+    """The function of a type, apply_liger_kernel_to_<type>, with the flags of its row."""
+    return _make_function(model_type, row_of(model_type))
+
+
+@functools.cache
+def _make_function(model_type: str, row: Model) -> Callable:
+    parameters = [p.replace(annotation=nn.Module if p.name == "model" else bool) for p in row.parameters()]
+    signature = inspect.Signature(parameters)
+    mlp_flags = [flag for flag in MLP_FLAGS if flag in signature.parameters]
+    name = function_name(model_type)
 
     def apply(*args, **kwargs):
         try:
             given = signature.bind(*args, **kwargs).arguments  # only what the caller named: a default is no demand
         except TypeError as problem:
-            raise TypeError(f"{APPLY_PREFIX}{model_type}() {problem}") from None
+            raise TypeError(f"{name}() {problem}") from None
         model = given.pop("model", None)
-        if row.mlp in given:  # one flag for the model's MLP, whichever activation its configuration chose
-            given["swiglu"] = given["geglu"] = given.pop(row.mlp)
+        named = [flag for flag in mlp_flags if flag in given]
+        if len(named) == 1:
+            given |= dict.fromkeys(MLP_FLAGS, given[named[0]])
         if model is None:
             return arrange.arrange(model_type, **given)
-        _warn_of_another_type(model, model_type)
+        _warn_of_another_type(model, model_type, name)
         return patch.apply_liger_kernel(model, **given)
 
-    apply.__name__ = apply.__qualname__ = APPLY_PREFIX + model_type
+    flags = [flag for flag in signature.parameters if flag != "model"]
+    apply.__name__ = apply.__qualname__ = name
     apply.__signature__ = signature  # type: ignore[attr-defined]
     apply.__doc__ = f"""Patch a {model_type} model, or without `model` every one in this process, built or to be built.
 
-    Flags: {", ".join(defaults)}. Everything verified is on by default; None means the default.
-    Returns the Report for a given model. Raises as `apply_liger_kernel` does, TypeError for an unknown flag.
+    Flags: {", ".join(flags)}. Everything verified is on by default; None means the default.
+    Returns the Report for a given model. Raises as `apply_liger_kernel` does, TypeError for an unknown flag, ValueError
+    without `model` for a type that the installed transformers does not know.
     """
     return apply
 
 
-def _warn_of_another_type(model: Any, model_type: str) -> None:
+def _warn_of_another_type(model: Any, model_type: str, name: str) -> None:
     """A model with nothing of this type in it is patched all the same, because what is patched is verified."""
     if not isinstance(model, nn.Module) or patch.disabled():
         return
     configs = (getattr(part, "config", None) for part in patch.unwrap(model).modules())
     types = [config.model_type for config in configs if config is not None and hasattr(config, "model_type")]
-    if types and model_type not in types:
-        logger.warning("%s%s is given a %s model: it is patched all the same", APPLY_PREFIX, model_type, types[0])
+    if types and model_type not in [FAMILY.get(found, found) for found in types]:
+        logger.warning("%s is given a %s model: it is patched all the same", name, types[0])
 
 
-MODEL_TYPE_TO_APPLY_LIGER_FN: dict[str, Callable] = {name: _function_for(name, row) for name, row in MODELS.items()}
-globals().update({APPLY_PREFIX + name: function for name, function in MODEL_TYPE_TO_APPLY_LIGER_FN.items()})
+class _Functions(MutableMapping):
+    """model type -> function: those of models.py, those of the installed transformers, and what a user puts here."""
+
+    def __init__(self):
+        self._given: dict[str, Callable] = {}
+        self._removed: set[str] = set()
+
+    def _is_known(self, model_type: Any) -> bool:
+        return model_type in FAMILY or model_type in _types_of_transformers()
+
+    def __contains__(self, model_type: Any) -> bool:
+        return model_type in self._given or (model_type not in self._removed and self._is_known(model_type))
+
+    def __getitem__(self, model_type: str) -> Callable:
+        if model_type not in self:
+            raise KeyError(model_type)
+        return self._given.get(model_type) or _function_for(FAMILY.get(model_type, model_type))
+
+    def __setitem__(self, model_type: str, function: Callable) -> None:
+        self._given.pop(model_type, None)
+        self._removed.discard(model_type)
+        if self.get(model_type) is not function:
+            self._given[model_type] = function
+
+    def __delitem__(self, model_type: str) -> None:
+        if model_type not in self:
+            raise KeyError(model_type)
+        self._given.pop(model_type, None)
+        self._removed.add(model_type)
+
+    def __iter__(self) -> Iterator[str]:
+        known = dict.fromkeys([*FAMILY, *_types_of_transformers()])
+        yield from (t for t in known if t not in self._removed)
+        yield from (t for t in self._given if t not in known)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        return f"<functions for {len(self)} model types; set by hand: {sorted(self._given)}>"
+
+
+@functools.cache
+def _types_of_transformers() -> frozenset[str]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return frozenset(CONFIG_MAPPING_NAMES)
+
+
+MODEL_TYPE_TO_APPLY_LIGER_FN: MutableMapping[str, Callable] = _Functions()
+globals().update({APPLY_PREFIX + part: _function_for(name) for part, name in FAMILY.items()})
+
+
+def __getattr__(name: str) -> Callable:
+    """The functions of the types that transformers knows and models.py does not."""
+    if name.startswith(APPLY_PREFIX):
+        for model_type in _types_of_transformers():
+            if function_name(model_type) == name:
+                return _function_for(model_type)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _apply_liger_kernel(model_type: str, **kwargs: Any) -> None:
     """Arrange the patching of every model of a type; unknown types are passed over, unknown flags dropped."""
-    function = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type)
-    if function is None:
+    if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         logger.info("no kernels are known for model type %r: nothing is applied", model_type)
         return
+    function = MODEL_TYPE_TO_APPLY_LIGER_FN[model_type]
     function(**_known(function, kwargs))
 
 
 def _apply_liger_kernel_to_instance(model: nn.Module, **kwargs: Any) -> None:
     """Patch a live model by its config.model_type; unknown types are passed over, unknown flags dropped.
 
-    A causal LM of transformers without a row of its own is patched by the engine with the same flags.
+    A model of transformers' base class is patched whatever its type, so also one whose code is not in transformers.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    function = MODEL_TYPE_TO_APPLY_LIGER_FN.get(str(model_type)) or _generic(model_type)
-    if function is None:
+    model_type: Any = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        function = MODEL_TYPE_TO_APPLY_LIGER_FN[model_type]
+    elif _is_pretrained(model):
+        function = patch.apply_liger_kernel
+    else:
         logger.info("no kernels are known for model type %r: nothing is applied", model_type)
         return
     function(model=model, **_known(function, kwargs))
 
 
-def _generic(model_type: str | None) -> Callable | None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def _is_pretrained(model: Any) -> bool:
+    from transformers import PreTrainedModel
 
-    return patch.apply_liger_kernel if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
+    return isinstance(model, PreTrainedModel)
 
 
 def _known(function: Callable, flags: dict) -> dict:
@@ -166,3 +234,13 @@ def _patch_geglu_module(module: nn.Module) -> None:
     from liger_kernel.transformers.geglu import LigerGEGLUMLP
 
     _bind_method_to_module(module, "forward", LigerGEGLUMLP.forward)
+
+
+def _patch_muse_glimmer_scale_free_rms_norm_module(module: nn.Module, eps: float = 1e-6) -> None:
+    """Make a norm without a weight run ours, unverified."""
+    _patch_rms_norm_module(module, eps=eps, casting_mode="gemma", in_place=False)
+
+
+def _patch_muse_glimmer_text_centered_rms_norm_module(module: nn.Module, eps: float = 1e-6) -> None:
+    """Make a norm whose weight is kept as its distance from 1 run ours, unverified."""
+    _patch_rms_norm_module(module, offset=1.0, eps=eps, casting_mode="gemma", in_place=False)

@@ -16,14 +16,16 @@ from typing import Any
 
 from torch import nn
 
-from liger_kernel.transformers import kinds
+from liger_kernel.transformers import kinds, replicas
 from liger_kernel.transformers.kinds import Match, Refusal, rope
 from liger_kernel.transformers.kinds.probe import RECORD
 from liger_kernel.transformers.report import Report, Row
 
 logger = logging.getLogger(__name__)
 
-FLAGS = ("rope", "rms_norm", "layer_norm", "swiglu", "geglu", "cross_entropy", "fused_linear_cross_entropy")
+FLAGS = (
+    "rope", "rms_norm", "layer_norm", "swiglu", "geglu", "relu_squared", "cross_entropy", "fused_linear_cross_entropy",
+)  # fmt: skip
 _HEADS = ("cross_entropy", "fused_linear_cross_entropy")
 _reverted: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # an arrangement for their type leaves them alone
 _MODEL = "_liger_kernel_model"  # on a patched model: what was done to its head; None on the models inside it
@@ -53,14 +55,11 @@ def _rebind(module, kind, variant, slot, displaced):
 
 @dataclass
 class _Head:
-    """What became of the head of a patched model. Not pickled, as the fused head is not: the next call fuses again."""
+    """What became of the head of a patched model."""
 
     wanted: str | None
     patch: Any = None
     left: str | None = None
-
-    def __reduce__(self):
-        return type(None), ()
 
     def __deepcopy__(self, memo):
         return _Head(self.wanted, copy.deepcopy(self.patch, memo), self.left)
@@ -75,6 +74,7 @@ def apply_liger_kernel(
     layer_norm: bool | None = None,
     swiglu: bool | None = None,
     geglu: bool | None = None,
+    relu_squared: bool | None = None,
     cross_entropy: bool | None = None,
     fused_linear_cross_entropy: bool | None = None,
 ) -> Report:
@@ -90,7 +90,8 @@ def apply_liger_kernel(
         raise TypeError(f"apply_liger_kernel takes a torch.nn.Module, got {type(model).__name__}")
     chosen = _choose(
         dict(rope=rope, rms_norm=rms_norm, layer_norm=layer_norm, swiglu=swiglu, geglu=geglu,
-             cross_entropy=cross_entropy, fused_linear_cross_entropy=fused_linear_cross_entropy)
+             relu_squared=relu_squared, cross_entropy=cross_entropy,
+             fused_linear_cross_entropy=fused_linear_cross_entropy)
     )  # fmt: skip
     base = unwrap(model)
     report = Report(type(base).__name__)
@@ -234,6 +235,7 @@ def _bind(module: nn.Module, match: Match, slot: str) -> None:
     module.__dict__.pop(slot, None)
     module.__dict__[RECORD] = record  # before the method: a pickle restores them in this order
     module.__dict__[slot] = MethodType(record.method, module)
+    replicas.bind_replicas(module)
 
 
 def _unbind(module: nn.Module) -> None:
@@ -249,7 +251,8 @@ def _unbind(module: nn.Module) -> None:
             del state[slot]
         else:
             state[slot] = MethodType(type(module).forward, module)
-    state.pop(RECORD, None)
+    if state.pop(RECORD, None) is not None:
+        replicas.unbind_replicas(module)
 
 
 # Rope

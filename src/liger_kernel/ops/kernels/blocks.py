@@ -45,8 +45,9 @@ class RowTiles:
 
     @classmethod
     def _choose(cls, backend, n_rows, n_cols, device, live, walks) -> RowTiles:
-        block = min(power_of_2_from(n_cols), backend.max_block(live))
-        rows = max(1, (4096 if walks else 2048) // block)
+        at_most = backend.max_block(live)
+        block = min(power_of_2_from(n_cols), at_most)
+        rows = max(1, min(4096 if walks else 2048, at_most) // block)
         tile = rows * block
         # 16 fp32 per lane: four 16-byte loads of bf16 pairs in flight. A walking program prefetches, which lets 32 do:
         # fused_add_rms_norm backward 16384x4096 at 4 warps 2.77 TB/s, at 8 2.54 (H100 bf16, sweep 2026-11-21). More
@@ -60,7 +61,7 @@ class RowTiles:
             # 8192 elements per core: of 1 to 8 programs each, best at every N from 128 to 8192 (the same sweep)
             limit = backend.cores(device) * max(1, 8192 // tile)
         loop = block < n_cols
-        return cls(rows, block, loop, num_warps, max(1, min(programs, limit)), walks and not loop)
+        return cls(rows, block, loop, num_warps, max(1, min(programs, limit)), walks and not loop and backend.threads)
 
 
 _chosen: dict[tuple, RowTiles] = {}  # choosing takes longer than looking up: host time of every call
@@ -108,13 +109,14 @@ def load_tile(X, tile, R, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["P"])
 def _sum_rows_kernel(Partial, Out, P, N, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    for first in range(0, P, ROWS):
-        rows = first + tl.arange(0, ROWS)
-        mask = (rows < P)[:, None] & (cols < N)[None, :]
-        total += tl.load(Partial + rows[:, None] * N + cols[None, :], mask=mask, other=0.0)
-    tl.store(Out + cols, tl.sum(total, axis=0).to(Out.dtype.element_ty), mask=cols < N)
+    for tile in range(tl.program_id(0), tl.cdiv(N, BLOCK), tl.num_programs(0)):
+        cols = tile * BLOCK + tl.arange(0, BLOCK)
+        total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+        for first in range(0, P, ROWS):
+            rows = first + tl.arange(0, ROWS)
+            mask = (rows < P)[:, None] & (cols < N)[None, :]
+            total += tl.load(Partial + rows[:, None] * N + cols[None, :], mask=mask, other=0.0)
+        tl.store(Out + cols, tl.sum(total, axis=0).to(Out.dtype.element_ty), mask=cols < N)
 
 
 def sum_rows(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -123,7 +125,7 @@ def sum_rows(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty(n_cols, dtype=dtype, device=partial.device)
     block = 64
     launch(
-        _sum_rows_kernel, cdiv(n_cols, block), partial.device,
+        _sum_rows_kernel, programs_for(cdiv(n_cols, block), partial.device), partial.device,
         partial, out, n_partials, n_cols, BLOCK=block, ROWS=32, num_warps=4,
     )  # fmt: skip
     return out
@@ -158,6 +160,8 @@ class Strips:
     @classmethod
     def choose(cls, n_cols: int, dtype: torch.dtype, device: torch.device) -> Strips:
         backend = device_of(device)
+        if not backend.threads:
+            return cls(1, min(power_of_2_from(n_cols), backend.max_block(8)), 1)
         vec = 16 // dtype.itemsize  # one 16-byte load per lane
         lanes = power_of_2_from(max(cdiv(n_cols, vec), 1))
         num_warps = max(1, min(lanes // backend.warp_width, 8, backend.max_warps))

@@ -218,6 +218,8 @@ class Config:
     @classmethod
     def choose(cls, n_classes: int, dtype: torch.dtype, device: torch.device, gradient: bool) -> Config:
         backend = device_of(device)
+        if not backend.threads:
+            return cls(1, min(power_of_2_from(n_classes), backend.max_block(8)), 1)
         vec = 16 // dtype.itemsize  # one 16-byte load per lane
         if n_classes < vec * backend.warp_width:
             return cls(cdiv(power_of_2_from(n_classes), vec), vec, 1)

@@ -14,43 +14,47 @@ from liger_kernel.backends import device_of
 
 # From 3.4 on a compiled kernel takes its constexpr arguments too, in the order of its parameters.
 _KEEPS_HANDLES = Version(triton.__version__) >= Version("3.4")
+_INT32 = range(-(2**31), 2**31)
 
-_handles: dict[int, dict[tuple, tuple]] = {}  # id of a kernel -> key -> (compiled kernel, constexpr arguments)
+_handles: dict[tuple, tuple] = {}  # key -> (compiled kernel, its run, function, metadata, constexpr arguments)
+_free: dict[int, tuple[bool, ...]] = {}  # id of a kernel -> which of its arguments Triton does not specialise on
 
 
 def launch(kernel, programs: int, device: torch.device, *args, **meta) -> None:
     """Run `programs` programs of a kernel on `device`, whatever device is current.
 
-    args are the kernel's parameters up to the first constexpr; meta its constexprs and num_warps.
+    args are the kernel's parameters up to the first constexpr; meta its constexprs, num_warps and num_stages.
     """
     backend = device_of(device)
-    if not backend.threads:
-        meta.pop("num_warps", None)
     if backend.stream is None or not _KEEPS_HANDLES or torch.compiler.is_compiling():
         with backend.guard(device):
             kernel[(programs,)](*args, **meta, **backend.launch)
         return
-    kept = _handles.get(id(kernel))
-    if kept is None:
-        kept = _handles[id(kernel)] = {}
-    key = _key(kernel.params, device, args, meta)
-    found = kept.get(key)
+    free = _free.get(id(kernel))
+    if free is None:
+        free = _free[id(kernel)] = tuple([bool(p.do_not_specialize) for p in kernel.params])
+    key = (id(kernel), device.index, *meta.values(), *[
+        (value.dtype, value.data_ptr() & 15 == 0) if isinstance(value, torch.Tensor)
+        else value in _INT32 if is_free else value
+        for value, is_free in zip(args, free)
+    ])  # fmt: skip
+    found = _handles.get(key)
+    if found is not None and backend.is_current(device):
+        _start(found, programs, backend.stream(device), args)
+        return
     with backend.guard(device):
         if found is None:
             compiled = kernel[(programs,)](*args, **meta, **backend.launch)
-            kept[key] = compiled, tuple(meta[p.name] for p in kernel.params[len(args) :])
+            constants = tuple([meta[p.name] for p in kernel.params[len(args) :]])
+            _handles[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata, constants
         else:
-            compiled, constants = found
-            compiled[(programs, 1, 1)](*args, *constants, stream=backend.stream(device))
+            _start(found, programs, backend.stream(device), args)
 
 
-def _key(params, device, args, meta) -> tuple:
-    parts = [device.index, *meta.values()]
-    for param, value in zip(params, args):
-        if isinstance(value, torch.Tensor):
-            parts.append((value.dtype, value.data_ptr() % 16 == 0))
-        elif isinstance(value, int) and param.do_not_specialize:
-            parts.append(-(2**31) <= value < 2**31)
-        else:
-            parts.append(value)
-    return tuple(parts)
+def _start(found, programs, stream, args) -> None:
+    compiled, run, function, metadata, constants = found
+    hook = triton.knobs.runtime.launch_enter_hook
+    if hook is None or not getattr(hook, "calls", True):  # nobody, such as a profiler, asks what is launched
+        run(programs, 1, 1, stream, function, metadata, None, None, None, *args, *constants)
+    else:
+        compiled[(programs, 1, 1)](*args, *constants, stream=stream)

@@ -150,9 +150,11 @@ class Tokens:
     num_warps: int
 
     @classmethod
-    def choose(cls, heads: int, half: int, device: torch.device, elements: int = 2048) -> Tokens:
+    def choose(cls, heads: int, half: int, device: torch.device, elements: int = 2048, pairs: bool = False) -> Tokens:
         """half: elements of a rotated half, a power of two. elements: what a tile of one half should hold."""
         backend = device_of(device)
+        if pairs and not backend.threads:
+            elements = 256  # a vector unit keeps each pair in 32 bytes of its own while it splits them
         at_once = min(power_of_2_from(heads), max(1, elements // half))
         tokens = max(1, elements // 2 // (at_once * half))
         # 16 fp32 per lane of each half: two 16-byte loads of bf16 in flight
@@ -179,7 +181,7 @@ def _run(q, k, cos, sin, heads_at, rotary, style, sections, q_dtype, k_dtype, ba
     if not batch * seq * max(q_heads, k_heads):
         return y, z
     half = power_of_2_from(rotary // 2)
-    config = config or Tokens.choose(max(q_heads, k_heads), half, q.device)
+    config = config or Tokens.choose(max(q_heads, k_heads), half, q.device, pairs=before or after)
     tiles = cdiv(batch * seq, config.tokens)
     strides = [s for x in (q, k, y, z) for s in _strides(x, heads_at)]
     unit = 8 if all(in_units(s, 8)[1] == 8 for s in strides) else 1

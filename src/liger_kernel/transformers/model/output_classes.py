@@ -1,6 +1,6 @@
-"""Model outputs that also carry what a fused loss found: token_accuracy (0-d) and predicted_tokens.
+"""Model outputs that also carry what a fused loss found: token_accuracy (0-d), predicted_tokens and entropy.
 
-Each `Liger*OutputWithPast` is transformers' class of the same name without "Liger", with the two fields appended; one
+Each `Liger*OutputWithPast` is transformers' class of the same name without "Liger", with the three fields appended; one
 whose parent this transformers does not have does not exist here.
 """
 
@@ -35,15 +35,16 @@ _PARENTS = {
 
 @lru_cache(None)
 def liger_output(parent) -> type:
-    """The subclass of an output class with token_accuracy and predicted_tokens appended."""
-    extra = [("token_accuracy", torch.FloatTensor | None, None), ("predicted_tokens", torch.LongTensor | None, None)]
+    """The subclass of an output class with token_accuracy, predicted_tokens and entropy appended."""
+    kinds = dict(token_accuracy=torch.FloatTensor, predicted_tokens=torch.LongTensor, entropy=torch.FloatTensor)
+    extra = [(name, kind | None, None) for name, kind in kinds.items()]
     made = make_dataclass(f"Liger{parent.__name__}", extra, bases=(parent,))
     made.__module__ = __name__  # pickle finds it through __getattr__
     return made
 
 
 def with_results(output, results: dict):
-    """The model output (or tuple) with `results`, a part of token_accuracy and predicted_tokens, added."""
+    """The model output (or tuple) with `results`, a part of the three fields, added."""
     if isinstance(output, tuple):
         return (*output, *results.values())
     parent: Any = type(output)

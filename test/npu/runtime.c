@@ -1,4 +1,4 @@
-/* What the lowered kernels call to copy one strided block of memory to another. */
+/* What the lowered kernels call. */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -8,6 +8,7 @@ typedef struct {
   void *descriptor; /* allocated, aligned, offset, sizes[rank], strides[rank] */
 } Memref;
 
+/* One strided block of memory to another. */
 void memrefCopy(int64_t size, const Memref *from, const Memref *to) {
   int64_t rank = from->rank, *f = from->descriptor, *t = to->descriptor;
   const int64_t *sizes = f + 3, *from_strides = f + 3 + rank, *to_strides = t + 3 + rank;
@@ -29,4 +30,15 @@ void memrefCopy(int64_t size, const Memref *from, const Memref *to) {
     if (k < 0) break;
   }
   free(at);
+}
+
+/* fp32 as bf16, to nearest and to even, in the low half of the result's register: what llc calls where a processor has
+   no bf16, and gcc 12 has no type for it. */
+float __truncsfbf2(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  if ((bits & 0x7fffffff) > 0x7f800000) nearest = bits >> 16 | 0x40; /* a NaN stays one */
+  memcpy(&x, &nearest, sizeof x);
+  return x;
 }
