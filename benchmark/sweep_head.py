@@ -1,33 +1,37 @@
-"""Time the loss kernel's configs and the head's chunk sizes on this card, correctness first.
+"""Time the loss kernel's configs, the head's pieces and its chunk sizes on this card, correctness first.
 
-    python -m benchmark.sweep_head [cross_entropy] [head]
+    python -m benchmark.sweep_head [cross_entropy] [pieces] [head] [logprobs] [ignored]
 
-cross_entropy 8192x128256, with and without gradient, over launch configs; then the fused head at the rows of the
-project's table, lean (dW summed in bf16), default (fp32) and without gradients, over chunk sizes, beside the same
-GEMMs alone. No number is printed for what differs from torch. All rows go to benchmark/results (or $OUT).
+cross_entropy: 8192x128256 and 8192x151936, with and without gradient, over launch configs. pieces: the ways to sum dW
+and to round the sum, one chunk's worth. head: the rows of the project's table, lean (dW summed in bf16), default (fp32)
+and without gradients, over chunk sizes, beside the same GEMMs alone. logprobs: forward and backward of per-token
+outputs. ignored: the head with 75 % of the labels ignored, host waiting or not. No number is printed for what differs
+from torch. All rows go to benchmark/results (or $OUT).
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import sys
 
 import torch
 
 from benchmark import RESULTS
 from liger_kernel.bench.measure import ceilings, path_for, peak_extra_mib, save, time_call, time_graph
-from liger_kernel.ops import head, row_loss
+from liger_kernel.ops import head, row_loss, weight_sum
 from liger_kernel.ops.cross_entropy import liger_cross_entropy
 from liger_kernel.ops.fused_linear_cross_entropy import liger_fused_linear_cross_entropy
+from liger_kernel.ops.fused_linear_scaled_cross_entropy import liger_fused_linear_logprobs
 from liger_kernel.ops.kernels import cross_entropy as kernels
+from liger_kernel.ops.kernels import weight_sum as rounding
 
 SHAPES = ((4096, 4096, 128256), (8192, 4096, 128256), (16384, 2048, 128256), (16384, 1024, 151936),
           (16384, 4096, 32000))  # fmt: skip
 MODES = {"lean": torch.bfloat16, "default": None}
 CHUNK_ROWS = (1024, 2048, 4096)
-CONFIGS = [kernels.Config(warps * 32 * unroll, 8, warps, programs)
-           for warps in (4, 8, 16, 32) for unroll in (1, 2, 4) for programs in (None, 1, 2)
-           if not (programs and warps < 16)]  # fmt: skip
+CONFIGS = [kernels.Config(warps * 32 * unroll, 8, warps, None, reverse)
+           for warps in (8, 16, 32) for unroll in (1, 2, 4) for reverse in (False, True)]  # fmt: skip
 
 
 def relative(ours, truth):
@@ -47,12 +51,16 @@ def check_head() -> None:
     errors = [relative(g, t) for g, t in zip(torch.autograd.grad(ours, (x, w)), truths)]
     assert abs(ours.item() - truth.item()) < 1e-2 and max(errors) < 2e-2, (ours.item(), truth.item(), errors)
     print(f"head against fp64: loss {ours.item() - truth.item():+.1e}, gradients {errors[0]:.1e} {errors[1]:.1e}; "
-          f"GEMM with fp32 result: {head.widens('cuda', torch.bfloat16, torch.float32)}")  # fmt: skip
+          f"GEMM with fp32 result: {weight_sum.widens('cuda', torch.bfloat16, torch.float32)}")  # fmt: skip
 
 
 def sweep_cross_entropy() -> list[dict]:
-    x = (torch.randn(8192, 128256, dtype=torch.bfloat16, device="cuda") * 3).requires_grad_()
-    y = torch.randint(0, 128256, (8192,), device="cuda")
+    return [row for n_classes in (128256, 151936) for row in cross_entropy_at(n_classes)]
+
+
+def cross_entropy_at(n_classes: int) -> list[dict]:
+    x = (torch.randn(8192, n_classes, dtype=torch.bfloat16, device="cuda") * 3).requires_grad_()
+    y = torch.randint(0, n_classes, (8192,), device="cuda")
     loss = row_loss.RowLoss()
     given = row_loss.prepare(y, loss, x)
     plain = x.detach()
@@ -63,7 +71,7 @@ def sweep_cross_entropy() -> list[dict]:
     grads[torch.arange(64), y[:64]] -= 1
     rows = []
     for config in [None, *CONFIGS]:
-        row = {"op": "cross_entropy", "config": str(config or "default")}
+        row = {"op": "cross_entropy", "classes": n_classes, "config": str(config or "default")}
         rows.append(row)
         try:
             out.loss.zero_(), dx.zero_()
@@ -76,8 +84,8 @@ def sweep_cross_entropy() -> list[dict]:
             row["failed"] = f"{type(error).__name__}: {str(error)[:160]}"
     good = [r for r in rows if "failed" not in r]
     for label in ("full", "no grad"):
-        for row in [rows[0], *sorted(good, key=lambda r: r[label])[:5]]:
-            print(f"cross_entropy kernel {label:8} {row.get(label, float('nan')):7.3f} ms  {row['config']}")
+        for row in [rows[0], *sorted(good, key=lambda r: r[label])[:6]]:
+            print(f"cross_entropy 8192x{n_classes} {label:8} {row.get(label, float('nan')):7.3f} ms  {row['config']}")
     for row in rows:
         if "failed" in row:
             print(f"cross_entropy {row['config']}: {row['failed']}")
@@ -87,9 +95,103 @@ def sweep_cross_entropy() -> list[dict]:
         x.grad = None
         liger_cross_entropy(x, y).backward()
 
-    rows.append({"op": "cross_entropy", "config": "autograd", "full": time_call(full, samples=15).median,
+    rows.append({"op": "cross_entropy", "classes": n_classes, "config": "autograd",
+                 "full": time_call(full, samples=15).median,
                  "no grad": time_call(lambda: liger_cross_entropy(plain, y), samples=15).median})  # fmt: skip
     print(f"cross_entropy as called: full {rows[-1]['full']:.3f} ms, no grad {rows[-1]['no grad']:.3f} ms")
+    return rows
+
+
+def sweep_pieces() -> list[dict]:
+    """One chunk's dW, and the rounding of the sum, in milliseconds."""
+    rows = []
+    for n_rows, width, classes in ((2048, 4096, 128256), (1664, 1024, 151936)):
+        a = torch.randn(n_rows, head.pitch(classes), dtype=torch.bfloat16, device="cuda")[:, :classes].t()
+        b = torch.randn(n_rows, width, dtype=torch.bfloat16, device="cuda")
+        wide, narrow = (torch.zeros(classes, width, dtype=d, device="cuda") for d in (torch.float32, torch.bfloat16))
+        left, right = (torch.zeros(classes, width // 2, device="cuda") for _ in range(2))
+        top, bottom = wide[: classes // 2], wide[classes // 2 :]
+        ways = {"narrow": [narrow], "wide": [wide], "wide in 2 column halves": [left, right]}
+        calls = {f"{name}, {'first' if first else 'further'}": functools.partial(
+                     weight_sum.add_product, parts, a, b, first)
+                 for name, parts in ways.items() for first in (True, False)}  # fmt: skip
+
+        def by_rows(first, top=top, bottom=bottom, a=a, b=b):
+            for part, columns in ((top, a[: top.shape[0]]), (bottom, a[top.shape[0] :])):
+                weight_sum.add_product([part], columns, b, first)
+
+        calls |= {f"wide in 2 row halves, {'first' if first else 'further'}": functools.partial(by_rows, first)
+                  for first in (True, False)}  # fmt: skip
+        calls["round: kernel"] = functools.partial(rounding.narrow, left, right, torch.bfloat16)
+        calls["round: torch slabs"] = functools.partial(weight_sum.narrow, left, right, torch.bfloat16)
+        calls["round: one copy to other memory"] = functools.partial(narrow.copy_, wide)
+        calls["allocate and free the halves"] = lambda c=classes, w=width: [
+            torch.empty(c, w // 2, device="cuda") for _ in range(2)
+        ]
+        sample = torch.randn(classes, width, device="cuda")
+        left.copy_(sample[:, : width // 2]), right.copy_(sample[:, width // 2 :])
+        rounding.narrow(left, right, torch.bfloat16)
+        assert torch.equal(left.view(torch.bfloat16), sample.bfloat16()), "the sum is not rounded in place"
+        del sample
+        left.zero_(), right.zero_()
+        for name, call in calls.items():
+            rows.append({"op": "pieces", "shape": f"{n_rows}x{width}x{classes}", "piece": name})
+            rows[-1]["ms"] = time_call(call, samples=12).median
+            print(f"{rows[-1]['shape']} {name:36} {rows[-1]['ms']:7.3f} ms")
+        del calls, a, b, wide, narrow, left, right, top, bottom, ways, by_rows, call
+        torch.cuda.empty_cache()
+    return rows
+
+
+def sweep_logprobs() -> list[dict]:
+    """Forward, and forward and backward, of per-token outputs; beside it plain torch where its logits fit."""
+    rows = []
+    for n_rows, width, classes in SHAPES:
+        h = torch.randn(n_rows, width, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        w = (torch.randn(classes, width, device="cuda") / width**0.5).bfloat16().requires_grad_()
+        y = torch.randint(0, classes, (n_rows,), device="cuda")
+        upstream = torch.randn(n_rows, device="cuda")
+
+        def ours(h=h, w=w, y=y, upstream=upstream):
+            h.grad = w.grad = None
+            liger_fused_linear_logprobs(h, w, y, return_entropy=True).log_prob.backward(upstream)
+
+        def forward(h=h, w=w, y=y):
+            with torch.no_grad():
+                liger_fused_linear_logprobs(h, w, y, return_entropy=True)
+
+        floor = gemm_floor(h.detach(), w.detach(), 4096, True) + gemm_floor(h.detach(), w.detach(), 4096, False)
+        for mode, call in (("full", ours), ("no grad", forward)):
+            h.grad = w.grad = None
+            row = {"op": "logprobs", "shape": f"{n_rows}x{width}x{classes}", "mode": mode, "floor_ms": floor,
+                   "peak_mib": peak_extra_mib(call)}  # fmt: skip
+            h.grad = w.grad = None
+            row["ms"] = time_call(call, samples=10).median
+            rows.append(row)
+            print(f"logprobs {row['shape']} {mode:8} {row['ms']:7.2f} ms {row['peak_mib']:7.0f} MiB "
+                  f"(four GEMMs alone {floor:.2f} ms)")  # fmt: skip
+        del h, w, ours, forward, call
+        torch.cuda.empty_cache()
+    return rows
+
+
+def sweep_ignored() -> list[dict]:
+    rows = []
+    for n_rows, width, classes in SHAPES[1:4:2]:
+        h = torch.randn(n_rows, width, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        w = (torch.randn(classes, width, device="cuda") / width**0.5).bfloat16().requires_grad_()
+        for share in (0.0, 0.5, 0.75):
+            y = torch.randint(0, classes, (n_rows,), device="cuda")
+            y[torch.rand(n_rows, device="cuda") < share] = -100
+            for wait in ("1", "0"):
+                os.environ[head.SYNC_ENV] = wait
+                call = functools.partial(step, h, w, y, "default", None)
+                h.grad = w.grad = None
+                rows.append({"op": "ignored", "shape": f"{n_rows}x{width}x{classes}", "share": share, "waits": wait,
+                             "ms": time_call(call, samples=10).median})  # fmt: skip
+                print(f"ignored {rows[-1]['shape']} {share:.0%} host waits {wait}: {rows[-1]['ms']:7.2f} ms")
+        del os.environ[head.SYNC_ENV], h, w, call
+        torch.cuda.empty_cache()
     return rows
 
 
@@ -145,15 +247,16 @@ def sweep_head() -> list[dict]:
     return rows
 
 
+SWEEPS = {"cross_entropy": sweep_cross_entropy, "pieces": sweep_pieces, "head": sweep_head,
+          "logprobs": sweep_logprobs, "ignored": sweep_ignored}  # fmt: skip
+
+
 def main() -> int:
-    asked = sys.argv[1:] or ["cross_entropy", "head"]
     check_head()
     rows = []
-    if "cross_entropy" in asked:
-        rows += sweep_cross_entropy()
+    for name in sys.argv[1:] or SWEEPS:
+        rows += SWEEPS[name]()
         torch.cuda.empty_cache()
-    if "head" in asked:
-        rows += sweep_head()
     print(save(path_for("sweep_head", RESULTS), rows, ceilings()))
     return 1 if any("failed" in r for r in rows) else 0
 

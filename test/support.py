@@ -6,9 +6,6 @@ import torch
 
 from liger_kernel.selftest import disagreement
 
-# Its Triton backward does not trace yet: Dynamo is asked for strides of gradients that it does not know while tracing.
-UNTRACED = {"fused_linear_scaled_cross_entropy"}
-
 
 def dtypes(impl: str, device: torch.device) -> list[torch.dtype]:
     """What an implementation computes in: Triton's interpreter has no bf16 arithmetic."""

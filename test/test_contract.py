@@ -12,7 +12,7 @@ from liger_kernel.ops import EXPORTS, core
 from liger_kernel.selftest import call as run
 from liger_kernel.selftest import differentiable, outputs_of
 
-from support import UNTRACED, assert_as_good_as_torch, dtypes
+from support import assert_as_good_as_torch, dtypes
 
 OPS = [op for op in EXPORTS if hasattr(importlib.import_module(f"liger_kernel.ops.{op}"), "CONTRACT")]
 
@@ -101,8 +101,6 @@ def test_same_inputs_same_bits(op, impl, device):
 
 @pytest.mark.parametrize("op", OPS)
 def test_compiles_into_one_graph(op, device):
-    if op in UNTRACED and device.type != "cpu":
-        pytest.xfail("its Triton backward does not trace yet")
     contract = contract_of(op)
     torch._dynamo.reset()
     core.set_impl(None)  # nothing resolved yet: dispatch must trace from cold

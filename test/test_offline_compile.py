@@ -12,8 +12,6 @@ import pytest
 from liger_kernel.bench import shapes
 from liger_kernel.ops import EXPORTS, core
 
-from support import UNTRACED
-
 FULL = ("sm_80", "sm_100", "gfx90a", "gfx950", "gfx1100")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -48,7 +46,7 @@ def test_every_option_compiles_for(target):
 def test_triton_launches_trace_into_one_graph():
     """What torch.compile sees on a GPU; test_contract.py compiles the torch pairs where there is none."""
     rooms = {op: importlib.import_module(f"liger_kernel.ops.{op}") for op in EXPORTS if core._has_triton_pair(op)}
-    ops = [op for op, room in rooms.items() if hasattr(room, "CONTRACT") and op not in UNTRACED]
+    ops = [op for op, room in rooms.items() if hasattr(room, "CONTRACT")]
     traced = re.findall(r"^(\w+): traced into one graph$", offline("--trace", "--ops", ",".join(ops)), re.MULTILINE)
     assert set(traced) == set(ops)
 

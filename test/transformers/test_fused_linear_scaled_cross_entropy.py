@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
 from liger_kernel.transformers.functional import liger_fused_linear_logprobs
@@ -66,3 +67,34 @@ def test_what_is_not_offered_is_named():
         liger_fused_linear_logprobs(hidden, weight, target.index_fill(1, torch.tensor([3]), 21))
     with pytest.raises(ValueError, match="hidden has H = 8"):
         liger_fused_linear_logprobs(hidden, weight[:, :3], target)
+
+
+@pytest.mark.parametrize("asked", [(False, False), (True, True)])
+def test_custom_op_passes_opcheck(asked):
+    from liger_kernel.ops.head_compile import logprobs_op
+
+    hidden, weight, target = problem()
+    needs = [True, True, True]
+    arguments = (hidden.reshape(-1, 8).detach().requires_grad_(), weight, target.reshape(-1),
+                 torch.randn(21, requires_grad=True), torch.tensor(0.5), None, -100, 4.0, list(asked),
+                 needs, torch.float32, 600)  # fmt: skip
+    torch.library.opcheck(logprobs_op, arguments)
+
+
+def test_a_schedule_of_temperatures_compiles_once_more_at_most():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def call(hidden, weight, target, temperature):
+        outputs = liger_fused_linear_logprobs(hidden, weight, target, return_entropy=True, temperature=temperature)
+        return outputs.log_prob + outputs.entropy
+
+    step, counts = torch.compile(call, backend=counter, fullgraph=True), []
+    for i in range(5):
+        hidden, weight, target = problem()
+        ours, truth = (f(hidden, weight, target, 0.5 + 0.1 * i) for f in (step, call))
+        torch.testing.assert_close(ours, truth)
+        for a, b in zip(*(torch.autograd.grad(v.sum(), (hidden, weight)) for v in (ours, truth))):
+            torch.testing.assert_close(a, b)
+        counts.append(counter.frame_count)
+    assert counts[1] == counts[-1], counts

@@ -80,6 +80,8 @@ class Backend:
     guard: Callable[[torch.device], contextlib.AbstractContextManager] = lambda device: contextlib.nullcontext()
     is_current: Callable[[torch.device], bool] = lambda device: True  # whether guard() would change nothing
     stream: Callable[[torch.device], int] | None = None  # the current stream's handle: enables the fast launch
+    # Whether the host may wait for the device now: not while a graph is captured, nor where waiting is an error.
+    may_wait: Callable[[], bool] = lambda: False
     arch: Callable[[torch.device], str] = lambda device: device.type
     driver: Callable[[torch.device], str] = lambda device: "unknown"  # its version: a self-test holds for one
     comm: str = "gloo"

@@ -18,5 +18,6 @@ BACKEND = Backend(
     device_type="cpu",
     is_available=lambda: True,
     why_no_triton=_interpreter_only,
+    may_wait=lambda: True,
     cores=lambda device: 4,  # programs of a persistent kernel in the interpreter: more than one, so that tests see it
 )

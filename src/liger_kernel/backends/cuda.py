@@ -31,6 +31,10 @@ def is_current(device: torch.device) -> bool:
     return device.index is None or device.index == torch.cuda.current_device()
 
 
+def may_wait() -> bool:
+    return not torch.cuda.is_current_stream_capturing() and torch.cuda.get_sync_debug_mode() == 0
+
+
 def _arch(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
@@ -46,6 +50,7 @@ BACKEND = Backend(
     # A tensor on a GPU has initialised CUDA and has an index: neither is asked for again at every launch.
     is_current=lambda device: device.index == torch._C._cuda_getDevice(),
     stream=lambda device: torch._C._cuda_getCurrentRawStream(device.index),
+    may_wait=may_wait,
     arch=_arch,
     driver=lambda device: str(torch._C._cuda_getDriverVersion()),
     comm="nccl",

@@ -13,6 +13,7 @@ BACKEND = Backend(
     warp_width=64,
     max_warps=16,
     guard=cuda.guard,
+    may_wait=cuda.may_wait,
     arch=lambda device: cuda.properties(device).gcnArchName.split(":")[0],
     driver=lambda device: str(torch.version.hip),
     comm="nccl",

@@ -24,6 +24,7 @@ BACKEND = Backend(
     why_no_triton=triton_for("xpu"),
     cores=cores,
     guard=guard_of("xpu"),
+    may_wait=lambda: True,
     arch=lambda device: _properties(device.index or 0).name,
     driver=lambda device: _properties(device.index or 0).driver_version,
     comm="xccl",

@@ -5,7 +5,7 @@
 Shapes    hidden: (..., H); weight: (V, H); bias: (V,); target: (...) integers; the loss: 0-d, or like target.
 Numerics  see liger_kernel.ops.head; the loss is fp32 (fp64 for fp64 hidden).
 Memory    mean and sum: dhidden and dweight, formed in the forward (6 T H V flops). none, and fp16: nothing but the
-          inputs; the backward recomputes each chunk (8 T H V).
+          inputs and two numbers a row; the backward computes the logits again (8 T H V), see head_slabs.
 Needs     all tensors on one device.
 """
 
@@ -23,6 +23,7 @@ from liger_kernel.ops.row_loss import (
     REDUCTIONS,
     GradAware,
     RowLoss,
+    Stats,
     check_class_weight,
     check_target,
     finish,
@@ -39,8 +40,8 @@ _CHUNK_MEM_CONST = 1
 class HeadOptions:
     """What goes beyond liger-kernel's interface; see liger_fused_linear_cross_entropy."""
 
-    logit_scale: float = 1.0
-    temperature: float = 1.0
+    logit_scale: float | torch.Tensor = 1.0
+    temperature: float | torch.Tensor = 1.0
     token_weight: torch.Tensor | None = None
     normalizer: float | torch.Tensor | None = None
     workspace_bytes: int | None = None
@@ -48,6 +49,9 @@ class HeadOptions:
     dtype: torch.dtype | None = None  # of the products; None: head.product_dtype
     return_entropy: bool = False
     low_rank: head.LowRank | None = None
+    vocab: tuple[int, int] | None = None  # the rows of the weights and bias that are the classes
+    # The rows' Stats: an empty list receives them, and given back with token_grad_output they save their computation.
+    stats: list | None = None
 
 
 DEFAULT = HeadOptions()
@@ -60,11 +64,14 @@ def reference(x, weight, bias=None, target=None, token_weight=None, low_rank=Non
     """The same mathematics in plain torch, differentiable: the oracle of the tests."""
     for dropped in ("accum_dtype", "workspace_bytes"):
         options.pop(dropped, None)
+    if (part := options.pop("vocab_slice", None)) is not None:
+        weight, bias = weight[slice(*part)], None if bias is None else bias[slice(*part)]
     if "logit_scale" in options:
         options["scale"] = options.pop("logit_scale")
     options["token_scaling"] = options.pop("use_token_scaling", False)
     logits = torch.nn.functional.linear(x, weight, bias)
     if low_rank is not None:
+        low_rank = low_rank[0], low_rank[1] if part is None else low_rank[1][slice(*part)]
         logits = logits + torch.nn.functional.linear(*low_rank)
     out_dtype = torch.promote_types(x.dtype, torch.float32)
     return cross_entropy.reference(
@@ -113,12 +120,20 @@ def fused_linear_cross_entropy_forward(
         factor = token_grad_output if factor is None else token_grad_output * factor.to(token_grad_output.dtype)
     with torch.no_grad():
         given = prepare(target, loss, _input, ce_weight, reduction, factor, options.normalizer)
+        sizes = dict(dtype=options.dtype, accum_dtype=accum_dtype, workspace_bytes=options.workspace_bytes)
+        sizes |= {k: v for k, v in (("low_rank", low), ("vocab", options.vocab)) if v is not None}
+        if options.stats and token_grad_output is not None:
+            grads = kernels("head_slabs", _input).forward(
+                _input, weight, bias, given, loss, stats=options.stats[0], needs=needs, **sizes
+            )
+            return None, None, None, None, *grads
+        fields = wanted(return_z_loss, return_token_accuracy, return_predicted_tokens, options.return_entropy)
+        fields += ("lse", "nll") * (options.stats is not None)
         stats, *grads = kernels(NAME, _input).forward(
-            _input, weight, bias, given, loss,
-            fields=wanted(return_z_loss, return_token_accuracy, return_predicted_tokens, options.return_entropy),
-            needs=needs, dtype=options.dtype, accum_dtype=accum_dtype, workspace_bytes=options.workspace_bytes,
-            **({} if low is None else {"low_rank": low}),
-        )  # fmt: skip
+            _input, weight, bias, given, loss, fields=fields, needs=needs, **sizes
+        )
+        if options.stats is not None:
+            options.stats.append(stats)
         results = finish(
             stats, target, ignore_index, reduction, stats.loss.dtype, return_z_loss, return_token_accuracy,
             return_predicted_tokens,
@@ -157,13 +172,15 @@ class LigerFusedLinearCrossEntropyFunction(GradAware):
         ctx.low_needs = ctx.needs_input_grad[19:]
         dtype = options.dtype or head.product_dtype(hidden)
         ctx.early = is_early(reduction, dtype)
-        options = dataclasses.replace(options, needs=needs, dtype=dtype)
+        grown, kept = any(needs) or any(ctx.low_needs), []
+        options = dataclasses.replace(
+            options, needs=needs, dtype=dtype, stats=kept if grown and not ctx.early else None
+        )
         constants = dict(
             ignore_index=ignore_index, lse_square_scale=lse_square_scale, label_smoothing=label_smoothing,
             reduction=reduction, softcap=softcap, accum_dtype=accum_dtype, use_token_scaling=use_token_scaling,
             options=options,
         )  # fmt: skip
-        grown = any(needs) or any(ctx.low_needs)
         made = fused_linear_cross_entropy_forward(
             hidden, weight, labels, ce_weight, bias, return_z_loss=return_z_loss,
             return_token_accuracy=return_token_accuracy, return_predicted_tokens=return_predicted_tokens,
@@ -174,8 +191,9 @@ class LigerFusedLinearCrossEntropyFunction(GradAware):
         if ctx.early:
             ctx.grads = made[4:-1] if options.return_entropy else made[4:]
         elif grown:
-            ctx.save_for_backward(hidden, weight, labels, bias, ce_weight, low_inputs, low_weight)
-            constants["options"] = dataclasses.replace(options, return_entropy=False)
+            lse, nll = kept[0].lse, kept[0].nll
+            ctx.save_for_backward(hidden, weight, labels, bias, ce_weight, lse, nll, low_inputs, low_weight)
+            constants["options"] = dataclasses.replace(options, return_entropy=False, stats=None)
             ctx.constants = constants
         loss, z_loss, accuracy, predicted = made[:4]
         if reduction == "none":
@@ -196,12 +214,13 @@ class LigerFusedLinearCrossEntropyFunction(GradAware):
             grads, ctx.grads = ctx.grads, None
             d_input, d_weight, d_bias, *low = fused_linear_cross_entropy_backward(d_loss, *grads)
         else:
-            hidden, weight, labels, bias, ce_weight, *low = ctx.saved_tensors
+            hidden, weight, labels, bias, ce_weight, lse, nll, *low = ctx.saved_tensors
             tokens = d_loss.reshape(-1).expand(labels.shape[0]).contiguous()
+            known = dataclasses.replace(ctx.constants["options"], stats=[Stats(nll, lse=lse, nll=nll)])
             d_input, d_weight, d_bias, *low = fused_linear_cross_entropy_forward(
                 hidden, weight, labels, ce_weight, bias, token_grad_output=tokens, compute_gradients=True,
-                weight_requires_grad=ctx.constants["options"].needs[1],
-                **_with_low_rank(ctx.constants, *low, ctx.low_needs),
+                weight_requires_grad=known.needs[1],
+                **_with_low_rank(ctx.constants | {"options": known}, *low, ctx.low_needs),
             )[4:]  # fmt: skip
         d_low, d_low_weight = low or (None, None)
         if d_low is not None:
@@ -245,31 +264,35 @@ def liger_fused_linear_cross_entropy(
     return_predicted_tokens: bool = False,
     chunk_mem_const: int = _CHUNK_MEM_CONST,
     *,
-    logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    logit_scale: float | torch.Tensor = 1.0,
+    temperature: float | torch.Tensor = 1.0,
     token_weight: torch.Tensor | None = None,
     normalizer: float | torch.Tensor | None = None,
     workspace_bytes: int | None = None,
     return_entropy: bool = False,
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+    vocab_slice: tuple[int, int] | None = None,
 ) -> torch.Tensor | CrossEntropyOutput:
     """Cross entropy of input (..., H) x weight (V, H)^T + bias (V,) against target (...), logits never kept whole.
 
-    The logits are multiplied by logit_scale, capped by softcap, divided by temperature. token_weight (...) and, with
+    The logits are multiplied by logit_scale, capped by softcap, divided by temperature; the first and the last may be
+    tensors of one element, which take no gradient. token_weight (...) and, with
     use_token_scaling, the label's detached probability multiply each token's loss. normalizer, a number or a 0-d
     tensor, divides the sum (in place of the count of tokens that reduction="mean" takes). accum_dtype: that of dW's
     sum over the chunks, default fp32; torch.bfloat16 is the lean mode. workspace_bytes: memory of a chunk of logits
     (default LIGER_KERNEL_WORKSPACE_MB, else chosen for the device). chunk_mem_const has no effect. return_entropy adds
     the entropy (...) of each token's distribution, 0 where it is ignored. low_rank = (u (..., r), B (V, r)) adds
     u B^T to the logits, an adapter's share (LoRA: u = s x A^T; Hu et al. 2021, arXiv:2106.09685), trained with it.
+    vocab_slice (a, b): the classes are the rows a ... b - 1 of weight, and target and ce_weight count from a.
     input and weight: any float dtypes; the product is in autocast's dtype, else input's. The loss is fp32. A
     CrossEntropyOutput where a return_* is set; only its loss is differentiable, and once.
     Raises ValueError for shapes, dtypes, devices or options that do not fit and, on a CPU or under
     LIGER_KERNEL_DEBUG=1, for a label outside [0, V); on a GPU such a row's loss and gradient are NaN.
     """
     options = HeadOptions(
-        logit_scale, temperature, token_weight, normalizer, workspace_bytes, return_entropy=return_entropy
-    )
+        logit_scale, temperature, token_weight, normalizer, workspace_bytes, return_entropy=return_entropy,
+        vocab=vocab_slice,
+    )  # fmt: skip
     asked = return_z_loss, return_token_accuracy, return_predicted_tokens, return_entropy
     arguments = (
         input, weight, target, bias, ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap,
@@ -291,9 +314,16 @@ def check(hidden, weight, target, bias, ce_weight, reduction, ignore_index, accu
     head.check(hidden, weight, bias, NAME)
     if target.shape != hidden.shape[:-1]:
         raise ValueError(f"{NAME}: target of shape {tuple(target.shape)}, expected {tuple(hidden.shape[:-1])}")
-    labels = target.reshape(-1)
-    check_target(labels.shape[0], weight.shape[0], labels, hidden.device, RowLoss(ignore_index), NAME)
-    check_class_weight(ce_weight, weight.shape[0], hidden.device, NAME)
+    labels, n_classes = target.reshape(-1), weight.shape[0]
+    if options.vocab is not None:
+        low, high = options.vocab
+        if not 0 <= low < high <= weight.shape[0]:
+            raise ValueError(
+                f"{NAME}: vocab_slice must be a range of the {weight.shape[0]} rows, got {options.vocab!r}"
+            )
+        n_classes = high - low
+    check_target(labels.shape[0], n_classes, labels, hidden.device, RowLoss(ignore_index), NAME)
+    check_class_weight(ce_weight, n_classes, hidden.device, NAME)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {sorted(REDUCTIONS)}, got {reduction!r}")
     if options.normalizer is not None and reduction == "none":
@@ -306,6 +336,7 @@ def check(hidden, weight, target, bias, ce_weight, reduction, ignore_index, accu
         )
     if options.token_weight is not None and options.token_weight.device != hidden.device:
         raise ValueError(f"{NAME}: hidden is on {hidden.device} and token_weight on {options.token_weight.device}")
+    head.check_scales(options.logit_scale, options.temperature, hidden, NAME)
     if accum_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"{NAME}: accum_dtype must be a float dtype or None, got {accum_dtype!r}")
     if options.workspace_bytes is not None and options.workspace_bytes <= 0:

@@ -6,7 +6,8 @@
 
 Shapes    hidden: (..., H); weight: (V, H); bias: (V,); target: (...) integers; every output like target.
 Numerics  see liger_kernel.ops.head; outputs are fp32 (fp64 for fp64 hidden), 0 where the target is ignored.
-Memory    keeps the inputs; the backward recomputes each chunk (8 T H V flops together).
+Memory    keeps the inputs and three numbers a token; the backward computes the logits again (8 T H V flops together),
+          see head_slabs.
 Needs     all tensors on one device.
 """
 
@@ -18,8 +19,8 @@ from dataclasses import dataclass
 import torch
 
 from liger_kernel.ops import fused_linear_cross_entropy, head
-from liger_kernel.ops.core import Case, Contract, kernels, outputs
-from liger_kernel.ops.row_loss import GradAware, RowLoss, check_target, logits_of, prepare
+from liger_kernel.ops.core import Case, Contract, kernels
+from liger_kernel.ops.row_loss import GradAware, RowLoss, Stats, check_target, logits_of, prepare
 
 NAME = "fused_linear_scaled_cross_entropy"
 TORCH = fused_linear_cross_entropy.TORCH
@@ -54,6 +55,30 @@ def reference(hidden, weight, bias=None, target=None, temperature=1.0, logit_sca
 # Autograd
 
 
+def logprobs_forward(hidden, weight, target, bias, loss, fields, dtype, workspace_bytes) -> Stats:
+    """The Stats of rows of hidden (T, H); its loss is the negative log-probability."""
+    with torch.no_grad():
+        given = prepare(target, loss, hidden, reduction="none")
+        return kernels(NAME, hidden).forward(
+            hidden, weight, bias, given, loss, fields=fields, dtype=dtype, workspace_bytes=workspace_bytes
+        )[0]
+
+
+def logprobs_backward(upstream, hidden, weight, target, bias, stats, loss, needs, dtype, workspace_bytes):
+    """The gradients of (hidden, weight, bias) for upstream = (d_log_prob, d_lse, d_entropy), None for one of zeros."""
+    with torch.no_grad():
+        d_log_prob, d_lse, d_entropy = (None if d is None else d.to(stats.loss.dtype) for d in upstream)
+        factor = torch.zeros_like(stats.loss) if d_log_prob is None else -d_log_prob
+        given = dataclasses.replace(
+            prepare(target, loss, hidden, reduction="none", factor=factor),
+            d_lse=None if d_lse is None else d_lse.contiguous(),
+            d_entropy=None if d_entropy is None else d_entropy.contiguous(),
+        )
+        return kernels("head_slabs", hidden).forward(
+            hidden, weight, bias, given, loss, stats=stats, needs=needs, dtype=dtype, workspace_bytes=workspace_bytes
+        )
+
+
 class LigerFusedLinearLogprobsFunction(GradAware):
     """apply(hidden (T, H), weight, target (T,), bias, loss: RowLoss, fields, workspace_bytes)
     -> (log_prob, lse, entropy, predicted).
@@ -62,31 +87,23 @@ class LigerFusedLinearLogprobsFunction(GradAware):
     @staticmethod
     def forward(ctx, hidden, weight, target, bias, loss, fields, workspace_bytes):
         dtype = head.product_dtype(hidden)
-        given = prepare(target, loss, hidden, reduction="none")
-        stats, *_ = kernels(NAME, hidden).forward(
-            hidden, weight, bias, given, loss, fields=fields, dtype=dtype, workspace_bytes=workspace_bytes
-        )
-        ctx.save_for_backward(hidden, weight, target, bias)
+        stats = logprobs_forward(hidden, weight, target, bias, loss, fields, dtype, workspace_bytes)
+        ctx.save_for_backward(hidden, weight, target, bias, stats.loss, stats.lse, stats.entropy)
         ctx.options = loss, dtype, workspace_bytes
-        if not torch.compiler.is_compiling():  # Dynamo expects a tensor for every output
-            ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)
         if stats.predicted is not None:
             ctx.mark_non_differentiable(stats.predicted)
-        return outputs((stats.loss.neg_(), stats.lse, stats.entropy, stats.predicted))
+        return -stats.loss, stats.lse, stats.entropy, stats.predicted
 
     @staticmethod
     def backward(ctx, d_log_prob, d_lse, d_entropy, _):
-        hidden, weight, target, bias = ctx.saved_tensors
+        hidden, weight, target, bias, nll, lse, entropy = ctx.saved_tensors
         loss, dtype, workspace_bytes = ctx.options
-        given = prepare(target, loss, hidden, reduction="none")
-        if d_log_prob is None:
-            d_log_prob = (d_lse if d_lse is not None else d_entropy).new_zeros(target.shape)
-        upstream = dict(d_lse=d_lse, d_entropy=d_entropy, factor=-d_log_prob)
-        given = dataclasses.replace(given, **{k: v.contiguous() for k, v in upstream.items() if v is not None})
         needs = (*ctx.needs_input_grad[:2], ctx.needs_input_grad[3])
-        _, d_hidden, d_weight, d_bias = kernels(NAME, hidden).forward(
-            hidden, weight, bias, given, loss, needs=needs, dtype=dtype, workspace_bytes=workspace_bytes
-        )
+        d_hidden, d_weight, d_bias = logprobs_backward(
+            (d_log_prob, d_lse, d_entropy), hidden, weight, target, bias, Stats(nll, lse=lse, nll=nll, entropy=entropy),
+            loss, needs, dtype, workspace_bytes,
+        )  # fmt: skip
         return d_hidden, d_weight, None, d_bias, None, None, None
 
 
@@ -118,8 +135,8 @@ def liger_fused_linear_logprobs(
     target: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
+    logit_scale: float | torch.Tensor = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
     return_entropy: bool = False,
@@ -130,21 +147,27 @@ def liger_fused_linear_logprobs(
 
     hidden: (..., H), weight: (V, H), bias: (V,), any float dtypes; target: (...) int64. log_prob, lse and entropy are
     fp32, differentiable any number of times each, and 0 where the target is ignore_index. The logits are multiplied
-    by logit_scale, capped by softcap, divided by temperature. workspace_bytes: memory of a chunk of logits.
+    by logit_scale, capped by softcap, divided by temperature; the first and the last may be tensors of one element,
+    which take no gradient. workspace_bytes: memory of a chunk of logits.
     Raises ValueError for shapes, dtypes, devices or options that do not fit and, on a CPU or under
     LIGER_KERNEL_DEBUG=1, for a label outside [0, V); on a GPU such a row is NaN.
     """
     head.check(hidden, weight, bias, NAME)
     if target.shape != hidden.shape[:-1]:
         raise ValueError(f"{NAME}: target of shape {tuple(target.shape)}, expected {tuple(hidden.shape[:-1])}")
+    head.check_scales(logit_scale, temperature, hidden, NAME)
     loss = RowLoss(ignore_index, softcap=softcap, scale=logit_scale, temperature=temperature)
     shape, target = target.shape, target.reshape(-1).contiguous()
     check_target(target.shape[0], weight.shape[0], target, hidden.device, loss, NAME)
     fields = ("lse",) + ("entropy",) * bool(return_entropy) + ("predicted",) * bool(return_predicted)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    log_prob, lse, entropy, predicted = LigerFusedLinearLogprobsFunction.apply(
-        flat, weight, target, bias, loss, fields, workspace_bytes
-    )
+    arguments = flat, weight, target, bias, loss, fields, workspace_bytes
+    if torch.compiler.is_compiling():
+        from liger_kernel.ops.head_compile import traced_logprobs
+
+        log_prob, lse, entropy, predicted = traced_logprobs(*arguments)
+    else:
+        log_prob, lse, entropy, predicted = LigerFusedLinearLogprobsFunction.apply(*arguments)
     hit = None if predicted is None else (predicted == target) & (target != ignore_index)
     optional = (None if o is None else o.view(shape) for o in (entropy, predicted, hit))
     return LinearLogprobs(log_prob.view(shape), lse.view(shape), *optional)

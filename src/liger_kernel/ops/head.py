@@ -7,27 +7,30 @@ Shapes    hidden: (T, H); weight: (V, H); bias: (V,); the chunk: (rows, V) in th
 Low rank  logits += u B^T for u: (T, r) and B: (V, r), an adapter's: neither its sum with W nor that sum's gradient is.
 Numerics  products in the dtype torch would give them (autocast's, else hidden's); dW is summed in fp32 whatever the
           number of chunks, or in accum_dtype; one chunk needs no sum. Same bits each time.
-Ignored   rows cost no product where the host knows them, which is on a CPU.
+Ignored   rows cost no product where the host may wait for their number, see live_rows.
 Memory    one chunk, dh, dW; with several chunks dW in fp32 until the last, then its 16 bits in half of that memory.
-Flops     2 T H V for the statistics, 6 T H V with both gradients.
+Flops     2 T H V for the statistics, 6 T H V with both gradients. Gradients of rows whose statistics are known
+          already: head_slabs.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 from dataclasses import dataclass, replace
 
 import torch
 
+from liger_kernel.backends import device_of
 from liger_kernel.ops.core import kernels, wide
 from liger_kernel.ops.row_loss import Given, RowLoss, autocast_dtype, empty_stats
+from liger_kernel.ops.weight_sum import WeightSum
 
 MIB = 1 << 20
 WORKSPACE_ENV = "LIGER_KERNEL_WORKSPACE_MB"
+SYNC_ENV = "LIGER_KERNEL_HOST_SYNC"
+WORTH_WAITING = 1 << 34  # T H V: below it the three products take less time than the host needs to go on
 # (bytes, rows) at most of a default chunk. H100, bf16: cuBLAS gains nothing from more rows.
 CHUNK = {"cpu": (32 * MIB, 1 << 20), "gradients": (512 * MIB, 3584), "forward": (256 * MIB, 3584)}
-SLAB = 32 * MIB  # temporaries of a product that is widened by hand
 
 
 @dataclass(frozen=True)
@@ -52,28 +55,35 @@ def run(
     accum_dtype: torch.dtype | None = None,
     workspace_bytes: int | None = None,
     low_rank: LowRank | None = None,
+    vocab: tuple[int, int] | None = None,
 ) -> tuple:
     """The Stats of every row of hidden (T, H), and the gradients of (hidden, weight, bias) that `needs` asks for.
 
     With low_rank, those of its inputs and weight follow. dtype is that of the products, see product_dtype; each
-    gradient has the dtype of what it belongs to.
+    gradient has the dtype of what it belongs to. vocab: the rows of the weights and bias that are the classes.
     """
     dtype = dtype or product_dtype(hidden)
-    if counts_for_free(hidden) and not (live := given.target != loss.ignore_index).all():
-        kept = live.nonzero().squeeze(1)
-        remaining = hidden[kept], weight, bias, given.take(kept)
-        term = None if low_rank is None else replace(low_rank, inputs=low_rank.inputs[kept])
-        part = list(run(*remaining, loss, fields, needs, dtype, accum_dtype, workspace_bytes, term))
-        for at, like in ((1, hidden),) if low_rank is None else ((1, hidden), (4, low_rank.inputs)):
-            if part[at] is not None:
-                part[at] = torch.zeros_like(like).index_copy_(0, kept, part[at])
-        return part[0].spread(kept, hidden.shape[0]), *part[1:]
-    h_all, w = hidden.to(dtype).contiguous(), weight.to(dtype).contiguous()
-    b = None if bias is None else bias.to(dtype)
+    kept = live_rows(hidden, weight, given.target, loss.ignore_index)
+    if kept is None:
+        return _run(
+            hidden, weight, bias, given, loss, fields, needs, dtype, accum_dtype, workspace_bytes, low_rank, vocab
+        )
+    low = None if low_rank is None else replace(low_rank, inputs=low_rank.inputs[kept])
+    rows = hidden[kept], weight, bias, given.take(kept)
+    part = list(_run(*rows, loss, fields, needs, dtype, accum_dtype, workspace_bytes, low, vocab))
+    part[0], part[1] = part[0].spread(kept, hidden.shape[0]), spread(part[1], kept, hidden)
+    if low_rank is not None:
+        part[4] = spread(part[4], kept, low_rank.inputs)
+    return tuple(part)
+
+
+def _run(hidden, weight, bias, given, loss, fields, needs, dtype, accum_dtype, workspace_bytes, low_rank, vocab):
+    h_all, (w, b) = hidden.to(dtype).contiguous(), classes_of(weight, bias, dtype, vocab)
+    classes = slice(*vocab_of(weight, vocab))
     (n_rows, width), n_classes = h_all.shape, w.shape[0]
     device = hidden.device
     stats = empty_stats(n_rows, device, wide(dtype), fields)
-    low = None if low_rank is None else _LowRankTerm(low_rank, dtype)
+    low = None if low_rank is None else _LowRankTerm(low_rank, dtype, vocab)
     grads = any(needs) or (low_rank is not None and any(low_rank.needs))
     rows = chunk_rows(n_rows, n_classes, dtype, device, grads, workspace_bytes)
     n_chunks = -(-n_rows // rows)
@@ -81,9 +91,9 @@ def run(
     d_weight = d_bias = None
     if needs[1]:
         sum_dtype = torch.promote_types(weight.dtype if n_chunks <= 1 else accum_dtype or wide(dtype), dtype)
-        d_weight = WeightSum(n_classes, width, sum_dtype, weight.dtype, device)
+        d_weight = WeightSum(weight.shape[0], width, sum_dtype, weight.dtype, device, vocab)
     if needs[2]:
-        d_bias = torch.zeros(n_classes, dtype=stats.loss.dtype, device=device)
+        d_bias = torch.zeros(weight.shape[0], dtype=stats.loss.dtype, device=device)
     pair = kernels("cross_entropy", h_all)
     chunk = empty_chunk(rows, n_classes, dtype, device)
     for i in range(0, n_rows, rows):
@@ -98,7 +108,7 @@ def run(
         if d_weight is not None:
             d_weight.add(logits.t(), h)
         if d_bias is not None:
-            d_bias += logits.sum(0, dtype=d_bias.dtype)
+            d_bias[classes] += logits.sum(0, dtype=d_bias.dtype)
         if low is not None:
             low.add_gradients(logits, i, j)
     del chunk
@@ -114,14 +124,14 @@ def run(
 class _LowRankTerm:
     """u B^T of every chunk and its gradients; the sum for B is small, so it is always wide."""
 
-    def __init__(self, term: LowRank, dtype: torch.dtype):
+    def __init__(self, term: LowRank, dtype: torch.dtype, vocab: tuple[int, int] | None):
         self.given, device = term, term.inputs.device
-        self.inputs, self.weight = term.inputs.to(dtype).contiguous(), term.weight.to(dtype).contiguous()
+        self.inputs, self.weight = term.inputs.to(dtype).contiguous(), classes_of(term.weight, None, dtype, vocab)[0]
         self.d_inputs = torch.empty_like(self.inputs) if term.needs[0] else None
         self.d_weight = None
         if term.needs[1]:
             n_classes, rank = term.weight.shape
-            self.d_weight = WeightSum(n_classes, rank, wide(dtype), wide(dtype), device)
+            self.d_weight = WeightSum(n_classes, rank, wide(dtype), wide(dtype), device, vocab)
 
     def add_logits(self, logits, i: int, j: int) -> None:
         logits.addmm_(self.inputs[i:j], self.weight.t())
@@ -144,6 +154,36 @@ def counts_for_free(hidden: torch.Tensor) -> bool:
     return hidden.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def live_rows(hidden, weight, target, ignore_index: int) -> torch.Tensor | None:
+    """Indices of the rows that are not ignored; None where none is, and where the host shall not wait to be told.
+
+    It waits once a call: the device then idles as long as it takes to start the next kernel.
+    """
+    device = hidden.device
+    if torch.compiler.is_compiling() or os.environ.get(SYNC_ENV) == "0" or not device_of(device).may_wait():
+        return None
+    if device.type != "cpu" and hidden.numel() * weight.shape[0] < WORTH_WAITING:
+        return None
+    kept = (target != ignore_index).nonzero().squeeze(1)
+    return kept if kept.shape[0] < target.shape[0] else None
+
+
+def spread(part: torch.Tensor | None, kept: torch.Tensor, like: torch.Tensor) -> torch.Tensor | None:
+    """The rows of part at their places in a tensor like `like`, the others 0."""
+    return None if part is None else torch.zeros_like(like).index_copy_(0, kept, part)
+
+
+def vocab_of(weight, vocab: tuple[int, int] | None) -> tuple[int, int]:
+    return vocab if vocab is not None else (0, weight.shape[0])
+
+
+def classes_of(weight, bias, dtype, vocab):
+    """The rows of weight and bias that are the classes, in the dtype of the products."""
+    if vocab is not None:
+        weight, bias = weight[slice(*vocab)], None if bias is None else bias[slice(*vocab)]
+    return weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype)
+
+
 def product_dtype(hidden: torch.Tensor) -> torch.dtype:
     """The dtype of hidden x weight: autocast's where it is on, as F.linear has it, else hidden's."""
     if hidden.dtype is torch.float64:
@@ -153,10 +193,7 @@ def product_dtype(hidden: torch.Tensor) -> torch.dtype:
 
 def chunk_rows(n_rows, n_classes, dtype, device, gradients: bool, workspace_bytes: int | None = None) -> int:
     """Rows of a chunk whose logits fit workspace_bytes (default: LIGER_KERNEL_WORKSPACE_MB, else the device's)."""
-    limit, most = CHUNK["cpu" if device.type == "cpu" else "gradients" if gradients else "forward"]
-    asked = workspace_bytes if workspace_bytes is not None else environment_bytes()
-    if asked is not None:
-        limit, most = asked, 1 << 30
+    limit, most = chunk_bytes(device, gradients, workspace_bytes)
     rows = max(1, min(limit // (pitch(n_classes) * dtype.itemsize), most, n_rows))
     if rows >= n_rows:
         return max(n_rows, 1)
@@ -165,6 +202,14 @@ def chunk_rows(n_rows, n_classes, dtype, device, gradients: bool, workspace_byte
     whole = rows // 128 * 128  # full tiles of a GEMM
     share = -(-n_rows // -(-n_rows // whole))  # chunks of one size
     return min(whole, -(-share // 128) * 128)
+
+
+def chunk_bytes(device, gradients: bool, workspace_bytes: int | None = None) -> tuple[int, int]:
+    """(bytes, rows) at most of a chunk: as asked for, as the environment says, or the device's default."""
+    asked = workspace_bytes if workspace_bytes is not None else environment_bytes()
+    if asked is not None:
+        return asked, 1 << 30
+    return CHUNK["cpu" if device.type == "cpu" else "gradients" if gradients else "forward"]
 
 
 def environment_bytes() -> int | None:
@@ -196,78 +241,6 @@ def project(h, w, b, out) -> None:
         torch.addmm(b, h, w.t(), out=out)
 
 
-class WeightSum:
-    """A sum of products (V, H), kept in sum_dtype, that ends in dtype without both existing at once.
-
-    Each of two allocations holds half of the rows. Where dtype is half as wide, the first becomes the memory of the
-    whole result: it is narrowed in place, and the second follows into the room that leaves.
-    """
-
-    def __init__(self, n_rows: int, width: int, sum_dtype: torch.dtype, dtype: torch.dtype, device: torch.device):
-        self.shape, self.dtype, self.empty = (n_rows, width), dtype, True
-        self.halves = sum_dtype.itemsize == 2 * dtype.itemsize
-        cut = -(-n_rows // 2) if self.halves else n_rows
-        sizes = (cut, n_rows - cut) if self.halves else (cut,)
-        self.parts = [torch.empty(size, width, dtype=sum_dtype, device=device) for size in sizes]
-
-    def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        """Add a b, for a of shape (V, rows) and b (rows, H)."""
-        start = 0
-        for part in self.parts:
-            add_product(part, a[start : start + part.shape[0]], b, first=self.empty)
-            start += part.shape[0]
-        self.empty = False
-
-    def finish(self) -> torch.Tensor:
-        """The sum in dtype. Nothing may be added afterwards."""
-        if self.empty:
-            return torch.zeros(self.shape, dtype=self.dtype, device=self.parts[0].device)
-        if not self.halves:
-            return self.parts[0].to(self.dtype)
-        top, bottom = (part.view(-1) for part in self.parts)
-        self.parts.clear()
-        narrow, size = top.view(self.dtype), top.numel()
-        done = min(size, 1 << 16)
-        narrow[:done] = top[:done].to(self.dtype)  # by way of a copy: these bytes overlap
-        while done < size:  # each step writes where the steps before it have read
-            more = min(done, size - done)
-            narrow[done : done + more].copy_(top[done : done + more])
-            done += more
-        narrow[size : size + bottom.numel()].copy_(bottom)
-        whole = torch.empty(0, dtype=self.dtype, device=top.device)
-        return whole.set_(top.untyped_storage(), 0, self.shape)  # type: ignore[call-overload]
-
-
-def add_product(total, a, b, first: bool) -> None:
-    """total = (0 if first else total) + a b, the sum in total's dtype, which may be wider than a's."""
-    if total.dtype == a.dtype:
-        torch.mm(a, b, out=total) if first else total.addmm_(a, b)
-    elif widens(a.device.type, a.dtype, total.dtype):
-        if first:
-            torch.mm(a, b, out_dtype=total.dtype, out=total)
-        else:
-            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        b = b.to(total.dtype)
-        step = max(1, SLAB // max(1, a.shape[1] * total.element_size()))
-        for i in range(0, a.shape[0], step):
-            part, rows = a[i : i + step].to(total.dtype), total[i : i + step]
-            torch.mm(part, b, out=rows) if first else rows.addmm_(part, b)
-
-
-@functools.cache
-def widens(device_type: str, narrow: torch.dtype, wide: torch.dtype) -> bool:
-    """Whether this torch multiplies narrow matrices into a wide result on this kind of device."""
-    a = torch.zeros(16, 16, dtype=narrow, device=device_type)
-    total = torch.zeros(16, 16, dtype=wide, device=device_type)
-    try:
-        torch.mm(a, a, out_dtype=wide, out=total)
-        torch.addmm(total, a, a, out_dtype=wide, out=total)
-    except (RuntimeError, TypeError, NotImplementedError):
-        return False
-    return True
-
-
 def check_low_rank(inputs, low_weight, hidden, weight, op: str) -> None:
     """ValueError for a low-rank term that does not go with hidden (..., H) and weight (V, H)."""
     rank = low_weight.shape[-1]
@@ -280,6 +253,19 @@ def check_low_rank(inputs, low_weight, hidden, weight, op: str) -> None:
     for tensor in (inputs, low_weight):
         if tensor.device != hidden.device or not tensor.is_floating_point():
             raise ValueError(f"{op}: low_rank must be floats on {hidden.device}, got {tensor.dtype} on {tensor.device}")
+
+
+def check_scales(logit_scale, temperature, hidden, op: str) -> None:
+    """ValueError for a scale or a temperature that is a tensor and cannot be honoured."""
+    for name, value in (("logit_scale", logit_scale), ("temperature", temperature)):
+        if isinstance(value, torch.Tensor):
+            if value.numel() != 1 or value.device != hidden.device:
+                raise ValueError(
+                    f"{op}: {name} as a tensor needs one element on {hidden.device}, got {tuple(value.shape)} on "
+                    f"{value.device}"
+                )
+            if value.requires_grad and torch.is_grad_enabled():
+                raise ValueError(f"{op}: {name} takes no gradient; pass {name}.detach()")
 
 
 def check(hidden, weight, bias, op: str) -> None:

@@ -1,4 +1,4 @@
-"""fused_linear_cross_entropy as one torch.library op, for torch.compile: its chunk loop is never traced.
+"""The fused heads as torch.library ops, for torch.compile: their chunk loops are never traced.
 
 Optional outputs are empty tensors where they are not asked for: an op has a fixed number of outputs.
 """
@@ -8,11 +8,23 @@ from __future__ import annotations
 import torch
 
 from liger_kernel.ops import fused_linear_cross_entropy as room
+from liger_kernel.ops import fused_linear_scaled_cross_entropy as logprobs
 from liger_kernel.ops import head
 from liger_kernel.ops.core import wide
-from liger_kernel.ops.row_loss import is_early
+from liger_kernel.ops.row_loss import RowLoss, Stats, is_early
 
 Maybe = torch.Tensor | None
+
+
+def on_device(value, like) -> Maybe:
+    """A factor of the logits as an op takes it: a tensor, so that another value traces nothing anew; None for 1."""
+    if isinstance(value, torch.Tensor):
+        return value
+    return None if value == 1.0 else torch.zeros((), device=like.device) + value
+
+
+def or_1(value: Maybe):
+    return 1.0 if value is None else value.view(())
 
 
 def traced(
@@ -32,12 +44,12 @@ def traced(
         low_inputs = low_inputs.reshape(-1, low_inputs.shape[-1])
     needs = [t is not None and grown and t.requires_grad for t in (input, weight, bias, low_inputs, low_weight)]
     dtype = options.dtype or head.product_dtype(hidden)
-    numbers = [lse_square_scale, label_smoothing, options.logit_scale, options.temperature]
+    scales = on_device(options.logit_scale, hidden), on_device(options.temperature, hidden)
     asked = [return_z_loss, return_token_accuracy, return_predicted_tokens, options.return_entropy]
     loss, *rest = forward_op(
         hidden, weight, target.reshape(-1), bias, ce_weight, options.token_weight, normalizer, low_inputs, low_weight,
-        ignore_index, numbers, reduction, softcap, accum_dtype, use_token_scaling, asked, needs, dtype,
-        options.workspace_bytes,
+        *scales, ignore_index, [lse_square_scale, label_smoothing], reduction, softcap, accum_dtype, use_token_scaling,
+        asked, needs, dtype, options.workspace_bytes, None if options.vocab is None else list(options.vocab),
     )[:5]  # fmt: skip
     if reduction == "none":
         loss, rest = loss.view(shape), [rest[0].view(shape) if return_z_loss else None, *rest[1:]]
@@ -47,15 +59,17 @@ def traced(
 
 
 def run(
-    hidden, weight, target, bias, ce_weight, token_weight, normalizer, low_inputs, low_weight, ignore_index, numbers,
-    reduction, softcap, accum_dtype, token_scaling, asked, needs, dtype, workspace_bytes, d_loss=None,
+    hidden, weight, target, bias, ce_weight, token_weight, normalizer, low_inputs, low_weight, scale, temperature,
+    ignore_index, numbers, reduction, softcap, accum_dtype, token_scaling, asked, needs, dtype, workspace_bytes, vocab,
+    stats=None, d_loss=None,
 ):  # fmt: skip
     """The four results, the entropy and the five gradients, for d_loss (T,) or for the sum of the losses."""
-    z_scale, smoothing, scale, temperature = numbers
+    z_scale, smoothing = numbers
     low = None if low_inputs is None else head.LowRank(low_inputs, low_weight, tuple(needs[3:]))
     options = room.HeadOptions(
-        scale, temperature, token_weight, normalizer, workspace_bytes, tuple(needs[:3]), dtype, asked[3], low
-    )
+        or_1(scale), or_1(temperature), token_weight, normalizer, workspace_bytes, tuple(needs[:3]), dtype, asked[3],
+        low, None if vocab is None else tuple(vocab), stats,
+    )  # fmt: skip
     made = room.fused_linear_cross_entropy_forward(
         hidden, weight, target, ce_weight, bias, ignore_index, z_scale, smoothing, reduction, softcap, asked[0],
         accum_dtype, token_scaling, asked[1], asked[2], token_grad_output=d_loss, compute_gradients=any(needs),
@@ -75,22 +89,28 @@ def filled(tensor: Maybe, like: torch.Tensor) -> torch.Tensor:
 @torch.library.custom_op("liger_kernel::fused_linear_cross_entropy", mutates_args=())
 def forward_op(
     hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: Maybe, ce_weight: Maybe,
-    token_weight: Maybe, normalizer: Maybe, low_inputs: Maybe, low_weight: Maybe, ignore_index: int,
-    numbers: list[float], reduction: str, softcap: float | None, accum_dtype: torch.dtype | None, token_scaling: bool,
-    asked: list[bool], needs: list[bool], dtype: torch.dtype, workspace_bytes: int | None,
+    token_weight: Maybe, normalizer: Maybe, low_inputs: Maybe, low_weight: Maybe, scale: Maybe, temperature: Maybe,
+    ignore_index: int, numbers: list[float], reduction: str, softcap: float | None, accum_dtype: torch.dtype | None,
+    token_scaling: bool, asked: list[bool], needs: list[bool], dtype: torch.dtype, workspace_bytes: int | None,
+    vocab: list[int] | None,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """-> loss, z_loss, token_accuracy, predicted_tokens, entropy and, where they are known already, the gradients."""
+    """-> loss, z_loss, token_accuracy, predicted_tokens, entropy, the five gradients where they are known already, else
+    what the backward needs of each row, lse and nll."""
     early = [n and is_early(reduction, dtype) for n in needs]
+    stats: list[Stats] = []
     results = run(
-        hidden, weight, target, bias, ce_weight, token_weight, normalizer, low_inputs, low_weight, ignore_index,
-        numbers, reduction, softcap, accum_dtype, token_scaling, asked, early, dtype, workspace_bytes,
+        hidden, weight, target, bias, ce_weight, token_weight, normalizer, low_inputs, low_weight, scale, temperature,
+        ignore_index, numbers, reduction, softcap, accum_dtype, token_scaling, asked, early, dtype, workspace_bytes,
+        vocab, None if early == needs else stats,
     )  # fmt: skip
-    return [filled(r, hidden) for r in results]
+    kept = (stats[0].lse, stats[0].nll) if stats else (None, None)
+    return [filled(r, hidden) for r in (*results, *kept)]
 
 
 @forward_op.register_fake
-def _(hidden, weight, target, bias, ce_weight, token_weight, normalizer, low_inputs, low_weight, ignore_index,
-      numbers, reduction, softcap, accum_dtype, token_scaling, asked, needs, dtype, workspace_bytes):  # fmt: skip
+def _(hidden, weight, target, bias, ce_weight, token_weight, normalizer, low_inputs, low_weight, scale, temperature,
+      ignore_index, numbers, reduction, softcap, accum_dtype, token_scaling, asked, needs, dtype, workspace_bytes,
+      vocab):  # fmt: skip
     shape = target.shape if reduction == "none" else ()
     early = [n and is_early(reduction, dtype) for n in needs]
     outputs = [
@@ -101,28 +121,31 @@ def _(hidden, weight, target, bias, ce_weight, token_weight, normalizer, low_inp
         hidden.new_empty(target.shape, dtype=wide(dtype)) if asked[3] else None,
         *(torch.empty_like(t, memory_format=torch.contiguous_format) if e else None
           for t, e in zip((hidden, weight, bias, low_inputs, low_weight), early)),
+        *((None, None) if early == needs else (hidden.new_empty(target.shape, dtype=wide(dtype)) for _ in range(2))),
     ]  # fmt: skip
     return [filled(o, hidden) for o in outputs]
 
 
 @torch.library.custom_op("liger_kernel::fused_linear_cross_entropy_backward", mutates_args=())
 def backward_op(
-    d_loss: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: Maybe,
-    ce_weight: Maybe, token_weight: Maybe, normalizer: Maybe, low_inputs: Maybe, low_weight: Maybe, ignore_index: int,
-    numbers: list[float], reduction: str, softcap: float | None, accum_dtype: torch.dtype | None, token_scaling: bool,
-    needs: list[bool], dtype: torch.dtype, workspace_bytes: int | None,
+    d_loss: torch.Tensor, lse: torch.Tensor, nll: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor,
+    target: torch.Tensor, bias: Maybe, ce_weight: Maybe, token_weight: Maybe, normalizer: Maybe, low_inputs: Maybe,
+    low_weight: Maybe, scale: Maybe, temperature: Maybe, ignore_index: int, numbers: list[float], reduction: str,
+    softcap: float | None, accum_dtype: torch.dtype | None, token_scaling: bool, needs: list[bool],
+    dtype: torch.dtype, workspace_bytes: int | None, vocab: list[int] | None,
 ) -> list[torch.Tensor]:  # fmt: skip
     """The gradients, recomputed for d_loss (T,)."""
     results = run(
-        hidden, weight, target, bias, ce_weight, token_weight, normalizer, low_inputs, low_weight, ignore_index,
-        numbers, reduction, softcap, accum_dtype, token_scaling, [False] * 4, needs, dtype, workspace_bytes, d_loss,
+        hidden, weight, target, bias, ce_weight, token_weight, normalizer, low_inputs, low_weight, scale, temperature,
+        ignore_index, numbers, reduction, softcap, accum_dtype, token_scaling, [False] * 4, needs, dtype,
+        workspace_bytes, vocab, [Stats(nll, lse=lse, nll=nll)], d_loss,
     )  # fmt: skip
     return [filled(r, hidden) for r in results[5:]]
 
 
 @backward_op.register_fake
-def _(d_loss, hidden, weight, target, bias, *options):
-    needs, low = options[-3], options[3:5]
+def _(d_loss, lse, nll, hidden, weight, target, bias, *options):
+    needs, low = options[-4], options[3:5]
     return [
         torch.empty_like(t, memory_format=torch.contiguous_format) if n else hidden.new_empty(0)
         for t, n in zip((hidden, weight, bias, *low), needs)
@@ -130,31 +153,106 @@ def _(d_loss, hidden, weight, target, bias, *options):
 
 
 FIELDS = ("ignore_index", "numbers", "reduction", "softcap", "accum_dtype", "token_scaling", "asked", "needs", "dtype",
-          "workspace_bytes")  # fmt: skip
+          "workspace_bytes", "vocab")  # fmt: skip
 
 
 def _setup(ctx, inputs, output):
-    ctx.constants = dict(zip(FIELDS, inputs[9:]))
+    ctx.constants = dict(zip(FIELDS, inputs[11:]))
     ctx.needs = ctx.constants["needs"]
     ctx.early = is_early(ctx.constants["reduction"], ctx.constants["dtype"])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*(output[5:] if ctx.early else inputs[:9]))
+    ctx.save_for_backward(*(output[5:10] if ctx.early else (*output[10:], *inputs[:11])))
 
 
 def _backward(ctx, grads):
     d_loss = grads[0]
     if d_loss is None:
-        return (None,) * 19
+        return (None,) * 22
     if ctx.early:
         made = [g * d_loss.to(wide(g.dtype)) for g in ctx.saved_tensors]
         made = [m.to(g.dtype) for m, g in zip(made, ctx.saved_tensors)]
     else:
         constants = [v for k, v in ctx.constants.items() if k != "asked"]
-        hidden, weight, target, *rest = ctx.saved_tensors
-        tokens = d_loss.expand(target.shape[0]).contiguous()
-        made = backward_op(tokens, hidden, weight, target, *rest, *constants)
+        saved = ctx.saved_tensors
+        made = backward_op(d_loss.expand(saved[0].shape[0]).contiguous(), *saved, *constants)
     d_hidden, d_weight, d_bias, *d_low = (m if n else None for m, n in zip(made, ctx.needs))
-    return d_hidden, d_weight, None, d_bias, None, None, None, *d_low, *[None] * 10
+    return d_hidden, d_weight, None, d_bias, None, None, None, *d_low, *[None] * 13
 
 
 forward_op.register_autograd(_backward, setup_context=_setup)
+
+
+# Per-token outputs
+
+
+def traced_logprobs(hidden, weight, target, bias, loss, fields, workspace_bytes):
+    """(log_prob, lse, entropy, predicted), None for what was not asked; called while Dynamo traces."""
+    grown = torch.is_grad_enabled()
+    needs = [grown and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    asked = ["entropy" in fields, "predicted" in fields]
+    log_prob, lse, entropy, predicted = logprobs_op(
+        hidden, weight, target, bias, on_device(loss.scale, hidden), on_device(loss.temperature, hidden),
+        loss.ignore_index, loss.softcap, asked, needs, head.product_dtype(hidden), workspace_bytes,
+    )  # fmt: skip
+    return log_prob, lse, entropy if asked[0] else None, predicted.detach() if asked[1] else None
+
+
+@torch.library.custom_op("liger_kernel::fused_linear_logprobs", mutates_args=())
+def logprobs_op(
+    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: Maybe, scale: Maybe,
+    temperature: Maybe, ignore_index: int, softcap: float | None, asked: list[bool], needs: list[bool],
+    dtype: torch.dtype, workspace_bytes: int | None,
+) -> list[torch.Tensor]:  # fmt: skip
+    """-> log_prob, lse, entropy, predicted."""
+    fields = ("lse",) + ("entropy",) * asked[0] + ("predicted",) * asked[1]
+    loss = RowLoss(ignore_index, softcap=softcap, scale=or_1(scale), temperature=or_1(temperature))
+    stats = logprobs.logprobs_forward(hidden, weight, target, bias, loss, fields, dtype, workspace_bytes)
+    return [-stats.loss, filled(stats.lse, hidden), filled(stats.entropy, hidden), filled(stats.predicted, hidden)]
+
+
+@logprobs_op.register_fake
+def _(hidden, weight, target, bias, scale, temperature, ignore_index, softcap, asked, needs, dtype, workspace_bytes):
+    outputs = [hidden.new_empty(target.shape, dtype=wide(dtype)) for _ in range(2 + asked[0])]
+    outputs += [hidden.new_empty(0)] * (not asked[0])
+    return [*outputs, target.new_empty(target.shape, dtype=torch.int64) if asked[1] else hidden.new_empty(0)]
+
+
+@torch.library.custom_op("liger_kernel::fused_linear_logprobs_backward", mutates_args=())
+def logprobs_backward_op(
+    d_log_prob: Maybe, d_lse: Maybe, d_entropy: Maybe, log_prob: torch.Tensor, lse: torch.Tensor, entropy: Maybe,
+    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: Maybe, scale: Maybe, temperature: Maybe,
+    ignore_index: int, softcap: float | None, needs: list[bool], dtype: torch.dtype, workspace_bytes: int | None,
+) -> list[torch.Tensor]:  # fmt: skip
+    """The gradients of (hidden, weight, bias)."""
+    nll = -log_prob
+    made = logprobs.logprobs_backward(
+        (d_log_prob, d_lse, d_entropy), hidden, weight, target, bias, Stats(nll, lse=lse, nll=nll, entropy=entropy),
+        RowLoss(ignore_index, softcap=softcap, scale=or_1(scale), temperature=or_1(temperature)), tuple(needs), dtype,
+        workspace_bytes,
+    )  # fmt: skip
+    return [filled(m, hidden) for m in made]
+
+
+@logprobs_backward_op.register_fake
+def _(d_log_prob, d_lse, d_entropy, log_prob, lse, entropy, hidden, weight, target, bias, *options):
+    needs = options[4]
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if n else hidden.new_empty(0)
+        for t, n in zip((hidden, weight, bias), needs)
+    ]
+
+
+def _logprobs_setup(ctx, inputs, output):
+    ctx.constants, ctx.asked, ctx.needs = (*inputs[6:8], *inputs[9:]), inputs[8], inputs[9]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[:2], output[2] if ctx.asked[0] else None, *inputs[:6])
+
+
+def _logprobs_backward(ctx, grads):
+    d_log_prob, d_lse, d_entropy = grads[0], grads[1], grads[2] if ctx.asked[0] else None
+    made = logprobs_backward_op(d_log_prob, d_lse, d_entropy, *ctx.saved_tensors, *ctx.constants)
+    d_hidden, d_weight, d_bias = (m if n else None for m, n in zip(made, ctx.needs))
+    return d_hidden, d_weight, None, d_bias, *[None] * 8
+
+
+logprobs_op.register_autograd(_logprobs_backward, setup_context=_logprobs_setup)

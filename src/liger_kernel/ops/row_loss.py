@@ -24,8 +24,8 @@ class RowLoss:
     label_smoothing: float = 0.0
     lse_square_scale: float = 0.0
     softcap: float | None = None
-    scale: float = 1.0
-    temperature: float = 1.0
+    scale: float | torch.Tensor = 1.0  # as a tensor: of one element, on the device of the logits
+    temperature: float | torch.Tensor = 1.0
     token_scaling: bool = False  # each token's loss times its detached probability
 
     def __post_init__(self):
@@ -33,10 +33,16 @@ class RowLoss:
             raise ValueError(f"label_smoothing must be in [0, 1], got {self.label_smoothing!r}")
         if self.softcap is not None and not self.softcap > 0.0:
             raise ValueError(f"softcap must be positive or None, got {self.softcap!r}")
-        if not self.temperature > 0.0:
+        if not isinstance(self.temperature, torch.Tensor) and not self.temperature > 0.0:
             raise ValueError(f"temperature must be positive, got {self.temperature!r}")
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
             raise ValueError(f"ignore_index must be an int, got {self.ignore_index!r}")
+
+    @property
+    def rescales(self) -> bool:
+        """Whether scale / temperature is something else than 1; a tensor's value is not asked for."""
+        known = not (isinstance(self.scale, torch.Tensor) or isinstance(self.temperature, torch.Tensor))
+        return not (known and self.scale == self.temperature)
 
 
 @dataclass(frozen=True)
@@ -67,13 +73,17 @@ class Stats:
     loss: torch.Tensor
     z_loss: torch.Tensor | None = None
     lse: torch.Tensor | None = None
+    nll: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     predicted: torch.Tensor | None = None  # int64
     mean: torch.Tensor | None = None  # of the logits
 
     def rows(self, i: int, j: int) -> Stats:
-        cut = {f: v[i:j] for f in FIELDS if (v := getattr(self, f)) is not None}
-        return dataclasses.replace(self, **cut)
+        return self.take(slice(i, j))
+
+    def take(self, index) -> Stats:
+        """The rows that a slice or a tensor of indices picks."""
+        return dataclasses.replace(self, **{f: v[index] for f in FIELDS if (v := getattr(self, f)) is not None})
 
     def spread(self, index: torch.Tensor, n_rows: int) -> Stats:
         """These rows at their places among n_rows, the others as ignored ones."""
@@ -84,7 +94,7 @@ class Stats:
         return dataclasses.replace(self, **wide)
 
 
-FIELDS = ("loss", "z_loss", "lse", "entropy", "predicted", "mean")
+FIELDS = ("loss", "z_loss", "lse", "nll", "entropy", "predicted", "mean")
 
 
 def empty_stats(n_rows: int, device: torch.device, dtype: torch.dtype, wanted) -> Stats:
@@ -98,19 +108,18 @@ def empty_stats(n_rows: int, device: torch.device, dtype: torch.dtype, wanted) -
 
 def logits_of(x, loss: RowLoss):
     """z of the module's mathematics, in fp32."""
-    z = upcast(x) * loss.scale if loss.scale != 1.0 else upcast(x)
-    if loss.softcap is not None:
-        z = loss.softcap * torch.tanh(z / loss.softcap)
-    return z / loss.temperature if loss.temperature != 1.0 else z
+    if loss.softcap is None:
+        return upcast(x) * (loss.scale / loss.temperature) if loss.rescales else upcast(x)
+    return torch.tanh(upcast(x) * (loss.scale / loss.softcap)) * (loss.softcap / loss.temperature)
 
 
 # Torch pair
 
-_TILE = 1 << 19  # elements of a tile: its passes stay in the caches of a CPU core
+TILE = 1 << 19  # elements of a tile: its passes stay in the caches of a CPU core
 
 
 def _forward(x, given, loss, out, dx):
-    step = max(1, _TILE // max(x.shape[1], 1))
+    step = max(1, TILE // max(x.shape[1], 1))
     if torch.compiler.is_compiling():
         step = max(1, x.shape[0])
     for i in range(0, x.shape[0], step):
@@ -152,27 +161,17 @@ def _rows(x, given, loss, out, dx):
     nll = torch.where(lower_y == 0, others.log1p(), log_total + lower_y)
     lse = log_total + top.squeeze(1)
 
-    keep = 1.0 - eps
-    spread = float(n_classes)
-    if given.weight is not None:
-        keep = keep * upcast(given.weight[y.squeeze(1)]).to(z.dtype)
-        spread = given.weight_sum
+    keep, spread, f_ce, f_z = factors(given, loss, nll, live, y.squeeze(1), n_classes)
     ce = keep * nll
     if smooth is not None:
         ce = ce + (eps / n_classes) * (spread * nll - smooth)
     z_loss = lse.square() * loss.lse_square_scale
-    f = live.to(z.dtype)
-    if given.factor is not None:
-        f = f * given.factor
-    if loss.token_scaling:
-        f = f * (-nll).exp()
-    f_ce, f_z = (f, f) if given.norm is None else (f * given.norm[0], f * given.norm[1])
     value = f_ce * ce
     if loss.lse_square_scale:
         value = value + f_z * z_loss
     out.loss.copy_(value.where(inside, float("nan")).where(live, 0.0))
     entropy = log_total - moment / total if entropic else None
-    for room_of, value in ((out.z_loss, f_z * z_loss), (out.lse, lse), (out.entropy, entropy)):
+    for room_of, value in ((out.z_loss, f_z * z_loss), (out.lse, lse), (out.nll, nll), (out.entropy, entropy)):
         if room_of is not None:
             room_of.copy_(value.where(live, 0.0))
     if dx is None:
@@ -199,11 +198,24 @@ def _rows(x, given, loss, out, dx):
     e.scatter_(1, y, d_y[:, None])
     if slope is not None:
         e.mul_(slope)
-    if loss.scale != loss.temperature:
+    if loss.rescales:
         e.mul_(loss.scale / loss.temperature)
     e.masked_fill_((live & ~inside)[:, None], float("nan")).masked_fill_(~live[:, None], 0.0)
     if room is not dx:
         dx.copy_(e)
+
+
+def factors(given, loss, nll, live, y, n_classes):
+    """(that of nll in ce, the sum of the class weights, 1 / N and 1 / T with the row's own factor)."""
+    keep, spread = 1.0 - loss.label_smoothing, float(n_classes)
+    if given.weight is not None:
+        keep, spread = keep * given.weight[y].to(nll.dtype), given.weight_sum
+    f = live.to(nll.dtype)
+    if given.factor is not None:
+        f = f * given.factor
+    if loss.token_scaling:
+        f = f * (-nll).exp()
+    return keep, spread, *((f, f) if given.norm is None else (f * given.norm[0], f * given.norm[1]))
 
 
 def _backward(dx, factor):

@@ -29,13 +29,25 @@ def _tanh(x):
 
 
 @triton.jit
-def _logit(x, SOFTCAP: tl.constexpr, SCALE: tl.constexpr, TEMPERATURE: tl.constexpr):
+def logit(x, inner, outer, Scales, CAPPED: tl.constexpr):
+    """outer * tanh(inner * x), or inner * x; see scales_of."""
     z = x.to(tl.float32)
-    if SOFTCAP is not None:
-        z = (SOFTCAP / TEMPERATURE) * _tanh(z * (SCALE / SOFTCAP))
-    elif SCALE != TEMPERATURE:
-        z = z * (SCALE / TEMPERATURE)
+    if CAPPED:
+        z = outer * _tanh(z * inner)
+    elif Scales is not None:
+        z = z * inner
     return z
+
+
+@triton.jit
+def chain(dz, z, inner, outer, Scales, CAPPED: tl.constexpr):
+    """The gradient of x from that of z = logit(x)."""
+    if CAPPED:
+        t = z / outer
+        dz *= (1.0 - t * t) * (inner * outer)
+    elif Scales is not None:
+        dz *= inner
+    return dz
 
 
 @triton.jit
@@ -46,15 +58,19 @@ def _log1p(x):
 
 @triton.jit(do_not_specialize=["R"])
 def liger_cross_entropy_kernel(
-    X, dX, Target, W, Wsum, Norm, Factor, dLse, dEntropy, Loss, Zloss, Lse, Entropy, Predicted,
-    Mean, R, V, x_stride, d_stride,
-    IGNORE: tl.constexpr, SMOOTHING: tl.constexpr, Z_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SCALE: tl.constexpr,
-    TEMPERATURE: tl.constexpr, TOKEN_SCALING: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    X, dX, Target, W, Wsum, Norm, Factor, dLse, dEntropy, Scales, Loss, Zloss, Lse, Nll, Entropy, Predicted, Mean,
+    R, V, x_stride, d_stride,
+    IGNORE: tl.constexpr, SMOOTHING: tl.constexpr, Z_SCALE: tl.constexpr, CAPPED: tl.constexpr,
+    TOKEN_SCALING: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """A row per turn; LANES x VEC columns at once, the VEC neighbours of a lane in one thread."""
     LOW: tl.constexpr = -1e38  # finite, so that nothing becomes inf - inf before the first column
     ENTROPIC: tl.constexpr = (Entropy is not None) or (dEntropy is not None)
     lane = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    inner, outer = 1.0, 1.0
+    if Scales is not None:
+        inner = tl.load(Scales)
+        outer = tl.load(Scales + 1)
     for row in range(tl.program_id(0), R, tl.num_programs(0)):
         base = int64(row) * x_stride
         label = tl.load(Target + row)
@@ -62,7 +78,7 @@ def liger_cross_entropy_kernel(
         inside = (label >= 0) & (label < V)
         y = tl.where(inside, label, -1).to(tl.int32)
         at_y = tl.where(inside, label, 0).to(tl.int32)
-        z_y = _logit(tl.load(X + base + at_y), SOFTCAP, SCALE, TEMPERATURE)
+        z_y = logit(tl.load(X + base + at_y), inner, outer, Scales, CAPPED)
 
         top = tl.full((LANES,), LOW, tl.float32)  # per lane: maximum, sum and moment over the classes but the label's
         total = tl.zeros((LANES,), dtype=tl.float32)
@@ -75,7 +91,7 @@ def liger_cross_entropy_kernel(
             cols = start + lane
             mask = cols < V
             x = tl.load(X + base + cols, mask=mask, other=0.0, eviction_policy="evict_last")
-            z = _logit(x, SOFTCAP, SCALE, TEMPERATURE)
+            z = logit(x, inner, outer, Scales, CAPPED)
             if Mean is not None:
                 sum_z += tl.sum(z, axis=1)  # beyond the row z is 0
             if SMOOTHING != 0.0:
@@ -133,6 +149,8 @@ def liger_cross_entropy_kernel(
             tl.store(Zloss + row, tl.where(live, z_loss, 0.0))
         if Lse is not None:
             tl.store(Lse + row, tl.where(live, lse, 0.0))
+        if Nll is not None:
+            tl.store(Nll + row, tl.where(live, nll, 0.0))
         if ENTROPIC:
             away = tl.sum(shrink * (moment + total * (top - most)), axis=0) + e_y * (z_y - most)
             entropy = log_whole - away / whole
@@ -168,11 +186,15 @@ def liger_cross_entropy_kernel(
                     d_y -= share
             d_p = tl.where(inside, d_p, float("nan")) / whole
             d_base = int64(row) * d_stride
+            last = (V - 1) // (LANES * VEC) * (LANES * VEC)
             for start in range(0, V, LANES * VEC):
-                cols = start + lane
+                if REVERSE:
+                    cols = last - start + lane
+                else:
+                    cols = start + lane
                 mask = cols < V
                 x = tl.load(X + base + cols, mask=cols < n_read, other=0.0, eviction_policy="evict_first")
-                z = _logit(x, SOFTCAP, SCALE, TEMPERATURE)
+                z = logit(x, inner, outer, Scales, CAPPED)
                 e = tl.exp(z - most)
                 if dEntropy is not None:
                     dz = e * d_p - tl.where(e > 0.0, e * (z - most), 0.0) * (d_entropy / whole)
@@ -184,12 +206,7 @@ def liger_cross_entropy_kernel(
                     else:
                         dz -= share
                 dz = tl.where(cols == y, d_y, dz)
-                if SOFTCAP is not None:
-                    t = z * (TEMPERATURE / SOFTCAP)
-                    dz *= 1.0 - t * t
-                if SCALE != TEMPERATURE:
-                    dz *= SCALE / TEMPERATURE
-                dz = tl.where(live, dz, 0.0)
+                dz = tl.where(live, chain(dz, z, inner, outer, Scales, CAPPED), 0.0)
                 tl.store(dX + d_base + cols, dz.to(dX.dtype.element_ty), mask=mask, cache_modifier=".cs")
 
 
@@ -214,6 +231,7 @@ class Config:
     vec: int
     num_warps: int
     programs: int | None = None  # per core; None: a program per row
+    reverse: bool = False  # the second pass from the end of the row, which is the newest in the cache
 
     @classmethod
     def choose(cls, n_classes: int, dtype: torch.dtype, device: torch.device, gradient: bool) -> Config:
@@ -232,6 +250,19 @@ class Config:
         return cls(lanes, vec, num_warps)
 
 
+def scales_of(loss, device) -> torch.Tensor | None:
+    """(inner, outer) of z = outer tanh(inner x) or z = inner x, in memory: a schedule of them compiles nothing."""
+    if loss.softcap is None and not loss.rescales:
+        return None
+    inner = loss.scale / (loss.temperature if loss.softcap is None else loss.softcap)
+    outer = 1.0 if loss.softcap is None else loss.softcap / loss.temperature
+    scales = torch.empty(2, dtype=torch.float32, device=device)
+    for place, value in zip(scales, (inner, outer)):
+        # filled, as a copy from the host would make it wait
+        place.copy_(value.view(())) if isinstance(value, torch.Tensor) else place.fill_(value)
+    return scales
+
+
 def cross_entropy_forward(x, given, loss, out, dx, config: Config | None = None):
     """x: (R, V) with contiguous rows, the Given and RowLoss of its rows -> fills out (Stats) and dx, if not None."""
     n_rows, n_classes = x.shape
@@ -242,12 +273,11 @@ def cross_entropy_forward(x, given, loss, out, dx, config: Config | None = None)
     launch(
         liger_cross_entropy_kernel, programs, x.device,
         x, dx, given.target, given.weight, given.weight_sum if given.weight is not None else None, given.norm,
-        given.factor, given.d_lse, given.d_entropy, out.loss, out.z_loss, out.lse, out.entropy, out.predicted,
-        out.mean, n_rows, n_classes, x.stride(0), dx.stride(0) if dx is not None else 0,
+        given.factor, given.d_lse, given.d_entropy, scales_of(loss, x.device), out.loss, out.z_loss, out.lse, out.nll,
+        out.entropy, out.predicted, out.mean, n_rows, n_classes, x.stride(0), dx.stride(0) if dx is not None else 0,
         IGNORE=loss.ignore_index, SMOOTHING=float(loss.label_smoothing), Z_SCALE=float(loss.lse_square_scale),
-        SOFTCAP=None if loss.softcap is None else float(loss.softcap), SCALE=float(loss.scale),
-        TEMPERATURE=float(loss.temperature), TOKEN_SCALING=bool(loss.token_scaling), LANES=config.lanes,
-        VEC=config.vec, num_warps=config.num_warps,
+        CAPPED=loss.softcap is not None, TOKEN_SCALING=bool(loss.token_scaling), LANES=config.lanes, VEC=config.vec,
+        REVERSE=config.reverse, num_warps=config.num_warps,
     )  # fmt: skip
 
 
