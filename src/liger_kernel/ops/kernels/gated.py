@@ -28,6 +28,14 @@ def _gate(x, ACT: tl.constexpr):
 
 
 @triton.jit
+def _rounded_gate(p, ACT: tl.constexpr):
+    """p with the bits that torch's 0.5 * (1 + tanh) keeps of it."""
+    if ACT == "gelu_tanh":
+        p = ((2.0 * p - 1.0) + 1.0) * 0.5
+    return p
+
+
+@triton.jit
 def _scaled(x, FACTOR: tl.constexpr, DTYPE: tl.constexpr):
     if FACTOR != 1.0:
         x = rounded(x * FACTOR, DTYPE)
@@ -52,7 +60,8 @@ def _forward_kernel(
         b = tl.load(B + at + cols, mask=mask, other=0.0).to(tl.float32)
         a = _scaled(a, GATE, DTYPE)
         p, dp = _gate(a, ACT)
-        c = _scaled(rounded(rounded(a * p, DTYPE) * b, DTYPE), DOWN, DTYPE)
+        act = rounded(a * _rounded_gate(p, ACT), DTYPE)
+        c = _scaled(rounded(act * b, DTYPE), DOWN, DTYPE)
         tl.store(C + int64(row) * n + start + cols, c.to(DTYPE), mask=mask)
 
 
