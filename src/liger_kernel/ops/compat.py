@@ -183,6 +183,31 @@ def jsd_backward(dX, grad_output):
     return kernels("jsd", dX).backward(dX, grad_output)
 
 
+# fused_linear_jsd
+
+
+def fused_linear_jsd_forward(
+    student_input, student_weight, teacher_input, teacher_weight, shift_labels, jsd_beta, ignore_index, has_label,
+    temperature, jsd_impl=None, jsd_mode=None, accum_dtype=None,
+):  # fmt: skip
+    """-> (loss, grad_input, grad_weight); a gradient is None where its tensor takes none. jsd_mode has no effect."""
+    from liger_kernel.ops import fused_linear_jsd as room
+
+    labels = shift_labels if has_label else None
+    room.check(student_input, student_weight, teacher_input, teacher_weight, labels, jsd_beta, ignore_index)
+    return room.solve(
+        student_input, student_weight, teacher_input, teacher_weight, labels, jsd_beta, ignore_index, temperature,
+        (student_input.requires_grad, student_weight.requires_grad), jsd_impl, accum_dtype=accum_dtype,
+    )  # fmt: skip
+
+
+def fused_linear_jsd_backward(grad_output, grad_input, grad_weight):
+    """The gradients times the 0-d grad_output, in place; None stays None."""
+    grads = grad_input, grad_weight
+    present = next((g for g in grads if g is not None), None)
+    return grads if present is None else kernels("fused_linear_jsd", present).backward(grads, grad_output)
+
+
 # kl_div
 
 

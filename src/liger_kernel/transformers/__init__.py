@@ -13,6 +13,7 @@ _MODULES = {
     f"{_HERE}.cross_entropy": ("LigerCrossEntropyLoss",),
     f"{_HERE}.fused_add_rms_norm": ("LigerFusedAddRMSNorm",),
     f"{_HERE}.fused_linear_cross_entropy": ("LigerFusedLinearCrossEntropyLoss",),
+    f"{_HERE}.fused_linear_jsd": ("LigerFusedLinearJSD",),
     f"{_HERE}.geglu": ("LigerGEGLUMLP",),
     f"{_HERE}.jsd": ("LigerJSD",),
     f"{_HERE}.kl_div": ("LigerKLDIVLoss",),
@@ -37,7 +38,7 @@ _ENGINE = {  # these need transformers
 }
 _NOT_BUILT = (
     "LigerDyT", "LigerExperts", "LigerFalconH1MLP", "LigerFusedCETVDLoss",
-    "LigerFusedLinearJSD", "LigerFusedLinearKLDivLoss", "LigerMHC", "LigerMLP",
+    "LigerFusedLinearKLDivLoss", "LigerMHC", "LigerMLP",
     "LigerModulatedRMSNorm", "LigerMultiTokenAttention", "LigerPolyNorm",
     "LigerSparsemax",
     "LigerSwiGLUMLPForMuseGlimmer", "LigerTVDLoss", "LigerTiledGEGLUMLP", "LigerTiledSwiGLUMLP",

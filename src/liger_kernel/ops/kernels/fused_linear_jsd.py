@@ -1,0 +1,108 @@
+"""Jensen-Shannon divergence of rows of logits in Triton; the mathematics is in liger_kernel.ops.fused_linear_jsd."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from liger_kernel.ops.core import Kernels
+from liger_kernel.ops.fused_linear_jsd import TORCH
+from liger_kernel.ops.kernels.blocks import Strips, int64, launch, programs_for
+from liger_kernel.ops.kernels.cross_entropy import _logit
+from liger_kernel.ops.kernels.jsd import _divergence
+
+# Kernels: Capital = memory, lower case = registers, ALL_CAPS = compile time.
+
+
+@triton.jit
+def _log_sum_exp(X, base, N, n_read, lane, SOFTCAP: tl.constexpr, SCALE: tl.constexpr, TEMPERATURE: tl.constexpr,
+                 LANES: tl.constexpr, VEC: tl.constexpr):  # fmt: skip
+    LOW: tl.constexpr = -1e38  # finite, so that nothing becomes inf - inf before the first column
+    top = tl.full((LANES,), LOW, tl.float32)
+    total = tl.zeros((LANES,), dtype=tl.float32)
+    for start in range(0, n_read, LANES * VEC):
+        cols = start + lane
+        z = _logit(tl.load(X + base + cols, mask=cols < N, other=0.0), SOFTCAP, SCALE, TEMPERATURE)
+        z = tl.where(cols < N, z, float("-inf"))
+        new = tl.maximum(top, tl.max(z, axis=1))
+        total = total * tl.exp(top - new) + tl.sum(tl.exp(z - new[:, None]), axis=1)
+        top = new
+    most = tl.max(top, axis=0)
+    return most + tl.log(tl.sum(total * tl.exp(top - most), axis=0))
+
+
+@triton.jit(do_not_specialize=["R"])
+def _rows_kernel(
+    X, Y, Live, Scale, Also, Loss, dX, R, N, x_stride, y_stride, also_stride,
+    BETA: tl.constexpr, SOFTCAP: tl.constexpr, SCALE: tl.constexpr, TEMPERATURE: tl.constexpr,
+    SOFTCAP_P: tl.constexpr, SCALE_P: tl.constexpr, TEMPERATURE_P: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """A row per turn, walked three times: the sums of exponentials, the divergence, the gradient over X."""
+    lane = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    scale = tl.load(Scale).to(tl.float32)
+    for row in range(tl.program_id(0), R, tl.num_programs(0)):
+        base, base_p = int64(row) * x_stride, int64(row) * y_stride
+        n_read = N
+        if Live is not None:
+            n_read = tl.where(tl.load(Live + row) != 0, N, 0)
+        lse = _log_sum_exp(X, base, N, n_read, lane, SOFTCAP, SCALE, TEMPERATURE, LANES, VEC)
+        lse_p = _log_sum_exp(Y, base_p, N, n_read, lane, SOFTCAP_P, SCALE_P, TEMPERATURE_P, LANES, VEC)
+        total = tl.zeros((LANES,), dtype=tl.float32)
+        slopes = tl.zeros((LANES,), dtype=tl.float32)
+        for start in range(0, n_read, LANES * VEC):
+            cols = start + lane
+            mask = cols < N
+            z = _logit(tl.load(X + base + cols, mask=mask, other=0.0), SOFTCAP, SCALE, TEMPERATURE)
+            z_p = _logit(tl.load(Y + base_p + cols, mask=mask, other=0.0), SOFTCAP_P, SCALE_P, TEMPERATURE_P)
+            log_q = tl.where(mask, z - lse, float("-inf"))
+            log_p = tl.where(mask, z_p - lse_p, float("-inf"))
+            each, slope = _divergence(log_q, log_p, BETA)
+            total += tl.sum(each, axis=1)
+            slopes += tl.sum(slope, axis=1)
+        tl.store(Loss + row, tl.sum(total, axis=0))
+        if dX is not None:
+            whole = tl.sum(slopes, axis=0)
+            for start in range(0, N, LANES * VEC):
+                cols = start + lane
+                mask = cols < n_read
+                z = _logit(tl.load(X + base + cols, mask=mask, other=0.0), SOFTCAP, SCALE, TEMPERATURE)
+                z_p = _logit(tl.load(Y + base_p + cols, mask=mask, other=0.0), SOFTCAP_P, SCALE_P, TEMPERATURE_P)
+                log_q = tl.where(mask, z - lse, float("-inf"))
+                log_p = tl.where(mask, z_p - lse_p, float("-inf"))
+                each, slope = _divergence(log_q, log_p, BETA)
+                dz = (slope - tl.exp(log_q) * whole) * scale
+                if SOFTCAP is not None:
+                    t = z * (TEMPERATURE / SOFTCAP)
+                    dz *= 1.0 - t * t
+                dz *= SCALE / TEMPERATURE
+                if Also is not None:
+                    dz += tl.load(Also + int64(row) * also_stride + cols, mask=mask, other=0.0).to(tl.float32)
+                tl.store(dX + base + cols, dz.to(dX.dtype.element_ty), mask=cols < N)
+
+
+# Launchers
+
+
+def fused_linear_jsd_rows(x, y, live, scale, beta, of_x, of_y, wants_dx, also=None, strips=None):
+    """x, y: (R, V) with contiguous rows, logits -> (R,) divergences; over x, where it is wanted, scale times their
+    gradient, plus also."""
+    n_rows, n_cols = x.shape
+    loss = torch.zeros(n_rows, dtype=torch.float32, device=x.device)
+    if x.numel():
+        strips = strips or Strips.choose(n_cols, x.dtype, x.device)
+        launch(
+            _rows_kernel, programs_for(n_rows, x.device), x.device,
+            x, y, live, scale, also, loss, x if wants_dx else None, n_rows, n_cols, x.stride(0), y.stride(0),
+            0 if also is None else also.stride(0), BETA=float(beta), SOFTCAP=cap(of_x), SCALE=float(of_x.scale),
+            TEMPERATURE=float(of_x.temperature), SOFTCAP_P=cap(of_y), SCALE_P=float(of_y.scale),
+            TEMPERATURE_P=float(of_y.temperature), LANES=strips.lanes, VEC=strips.vec, num_warps=strips.num_warps,
+        )  # fmt: skip
+    return loss
+
+
+def cap(loss):
+    return None if loss.softcap is None else float(loss.softcap)
+
+
+KERNELS = Kernels(fused_linear_jsd_rows, TORCH.backward)

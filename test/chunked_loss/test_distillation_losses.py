@@ -1,0 +1,164 @@
+"""The distillation losses against their formulas on whole logits, in fp64."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, linear
+
+from liger_kernel import chunked_loss
+from liger_kernel.chunked_loss.fused_linear_distillation import LigerFusedLinearDistillationBase
+
+from support_losses import BUDGETS, assert_close, assert_same, outcome
+
+CLASSES = {"JSD": "LigerFusedLinearJSDLoss", "cosine": "LigerFusedLinearCosineSimilarityLoss"}
+
+
+def divergence(kind, z, z_p, beta):
+    """Of each row of logits."""
+    if kind == "cosine":
+        return beta * (1 - (z * z_p).sum(-1) / (z.norm(dim=-1) * z_p.norm(dim=-1)))
+    q, p = z.softmax(-1), z_p.softmax(-1)
+    if beta == 0:
+        return (p * (p / q).log()).sum(-1)
+    if beta == 1:
+        return (q * (q / p).log()).sum(-1)
+    m = beta * p + (1 - beta) * q
+    return beta * (p * (p / m).log()).sum(-1) + (1 - beta) * (q * (q / m).log()).sum(-1)
+
+
+def formula(kind, weight_hard_loss=0.5, weight_soft_loss=0.5, beta=0.5, ignore_index=-100, temperature=1.0,
+            softcap=None, logit_scale=1.0, teacher_softcap=None, teacher_logit_scale=1.0, compiled=True,
+            chunk_size=1024, return_soft_hard_loss=True):  # fmt: skip
+    def run(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, target):
+        live = target != ignore_index
+
+        def logits(hidden, weight, bias, cap, scale):
+            z = linear(hidden, weight, bias) * scale
+            z = (z if cap is None else cap * torch.tanh(z / cap))[live]
+            return z if z.dtype is torch.float64 else z.float()
+
+        z = logits(hidden, weight, bias, softcap, logit_scale)
+        z_p = logits(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
+        soft = divergence(kind, z / temperature, z_p / temperature, beta).mean()
+        hard = cross_entropy(z, target[live])
+        return weight_soft_loss * soft + weight_hard_loss * hard, (soft, hard)
+
+    return run
+
+
+def fused(kind, **options):
+    loss = getattr(chunked_loss, CLASSES[kind])(return_soft_hard_loss=True, **options)
+
+    def run(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, target):
+        value, *parts = loss(hidden, weight, teacher_hidden, teacher_weight, target, bias, teacher_bias)
+        return value, tuple(parts)
+
+    return run
+
+
+@pytest.fixture
+def given(device):
+    """Two sequences of 7 tokens, a teacher of another width, a masked prompt."""
+    target = torch.randint(4, 101, (2, 7), device=device)
+    target[:, :2] = -100
+    made = dict(hidden=(2, 7, 16), weight=(101, 16), bias=(101,), teacher_hidden=(2, 7, 8), teacher_weight=(101, 8),
+                teacher_bias=(101,))  # fmt: skip
+    return {name: torch.randn(shape, device=device) for name, shape in made.items()} | {"target": target}
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("kind", CLASSES)
+def test_every_loss(kind, budget, given, impl, monkeypatch):
+    monkeypatch.setenv("LIGER_KERNEL_WORKSPACE_MB", BUDGETS[budget])
+    assert_same(fused(kind), formula(kind), given)
+
+
+@pytest.mark.parametrize("kind, option", [(k, o) for k in CLASSES for o in [
+    dict(weight_hard_loss=0.0), dict(weight_soft_loss=0.0), dict(weight_hard_loss=0.2, weight_soft_loss=0.9),
+    dict(beta=0.0), dict(beta=1.0), dict(beta=0.1), dict(ignore_index=3), dict(temperature=2.0), dict(softcap=2.0),
+    dict(logit_scale=0.3), dict(teacher_softcap=2.0), dict(teacher_logit_scale=0.3),
+]], ids=str)  # fmt: skip
+def test_every_option_changes_the_loss_as_it_changes_the_formula(kind, option, given):
+    if "ignore_index" in option:
+        given["target"] = given["target"].where(given["target"] >= 0, 3)
+    assert_same(fused(kind, **option), formula(kind, **option), given)
+    blind = kind == "cosine" and set(option) <= {"temperature", "logit_scale", "teacher_logit_scale"} - {"logit_scale"}
+    if "ignore_index" not in option and not blind:
+        before, after = formula(kind)(**given)[0], formula(kind, **option)(**given)[0]
+        assert (before - after).abs() > 1e-4, "this case does not show the option"
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_masks_all_and_views(kind, given):
+    plain = outcome(fused(kind), given, torch.float32)
+    wide = {k: torch.cat((v, v[:, :1]), dim=1) for k, v in given.items() if k in ("hidden", "teacher_hidden", "target")}
+    leaf = wide["hidden"].requires_grad_()
+    loss, _ = fused(kind)(**(given | {k: v[:, :-1] for k, v in wide.items()}))
+    (grad,) = torch.autograd.grad(loss * 1.7, leaf)
+    torch.testing.assert_close(loss.detach(), plain[0])
+    torch.testing.assert_close(grad[:, :-1], plain[2][0])
+    given["target"][:] = -100
+    loss, _, grads = outcome(fused(kind), given, torch.float32)
+    assert loss == 0 and not any(g.any() for g in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_sixteen_bits_as_good_as_torch(kind, dtype, given):
+    given = {k: v.to(dtype) if v.is_floating_point() else v for k, v in given.items()}
+    truth = outcome(formula(kind), given, torch.float64)
+    ours, torchs = outcome(fused(kind), given, dtype), outcome(formula(kind), given, dtype)
+    slack = {torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]  # a rounding of the result, of the largest value
+    for o, t, r in zip((ours[0], *ours[2]), (torchs[0], *torchs[2]), (truth[0], *truth[2]), strict=True):
+        error, own = (o.double() - r).abs().max(), (t.double() - r).abs().max()
+        assert error <= own + slack * r.abs().max(), f"{error:.2e}, torch's own {own:.2e}"
+
+
+def test_attributes_are_read_at_the_call(given):
+    """Other projects change them after construction."""
+    loss = chunked_loss.LigerFusedLinearJSDLoss(beta=0.3)
+    loss.weight_hard_loss, loss.weight_soft_loss, loss.temperature = 0.0, 1.0, 2.0
+    ours = loss(given["hidden"], given["weight"], given["teacher_hidden"], given["teacher_weight"], given["target"],
+                given["bias"], given["teacher_bias"])  # fmt: skip
+    truth = formula("JSD", weight_hard_loss=0.0, weight_soft_loss=1.0, temperature=2.0, beta=0.3)(**given)[0]
+    assert_close(ours, truth, "loss")
+
+
+def test_a_subclass_with_a_loss_of_its_own(given):
+    """The hook on logits, forward as a classmethod over the base's, a static backward."""
+
+    class Squares(LigerFusedLinearDistillationBase):
+        @staticmethod
+        def distillation_loss_fn(student_logits, teacher_logits, target=None, ignore_index=None):
+            return (student_logits - teacher_logits).square().sum(-1).where(target != ignore_index, 0.0).sum()
+
+        @classmethod
+        def forward(cls, ctx, hidden, weight, teacher_hidden, teacher_weight, target, bias, teacher_bias):
+            return super().forward(
+                cls=cls, ctx=ctx, student_input=hidden, student_weight=weight, teacher_input=teacher_hidden,
+                teacher_weight=teacher_weight, target=target, student_bias=bias, teacher_bias=teacher_bias,
+                weight_hard_loss=0.0, weight_soft_loss=1.0,
+            )  # fmt: skip
+
+        @staticmethod
+        def backward(ctx, *grad_output):
+            return *LigerFusedLinearDistillationBase.backward(ctx, grad_output)[:6], None
+
+    def run(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, target):
+        return Squares.apply(hidden, weight, teacher_hidden, teacher_weight, target, bias, teacher_bias), ()
+
+    def plain(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, target):
+        gap = linear(hidden, weight, bias) - linear(teacher_hidden, teacher_weight, teacher_bias)
+        return gap[target != -100].square().sum(-1).mean(), ()
+
+    assert_same(run, plain, given)
+
+
+def test_inputs_that_do_not_fit_raise(given):
+    for change, word in [
+        (dict(teacher_weight=given["teacher_weight"][:50], teacher_bias=None), "classes"),
+        (dict(target=given["target"][:, :3]), "target"), (dict(teacher_hidden=given["teacher_hidden"][:, :3]), "rows"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=word):
+            fused("JSD")(**(given | change))
+    with pytest.raises(ValueError, match="beta"):
+        fused("JSD", beta=1.5)
