@@ -207,6 +207,27 @@ def test_prepared_by_accelerate_it_stays_fused_and_comes_off(fused_calls, device
     accelerate.state.AcceleratorState._reset_state(True)  # its mixed precision is process-wide
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_data_parallel_trains_as_one_device_does(fused_calls):
+    model = tiny_model("llama").cuda()
+    patched = copy.deepcopy(model)
+    apply_liger_kernel(patched)
+    parallel = torch.nn.DataParallel(patched, [0, 1])
+    given = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in tokens(rows=4).items()}
+    count = (given["labels"][:, 1:] != -100).sum()
+    try:
+        # each replica is given its own copy of the count, in a tensor of one element
+        output = parallel(**given, num_items_in_batch=count.expand(2))
+        output.loss.sum().backward()
+        model(**given).loss.backward()
+        assert len(fused_calls) == 2 and output.logits is None
+        for (name, p), q in zip(model.named_parameters(), patched.parameters(), strict=True):
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-5, msg=name)
+    finally:
+        revert_liger_kernel(patched)
+
+
 def test_hook_on_the_head_sees_real_logits():
     _, fused, _ = both()
     seen = []

@@ -1,6 +1,7 @@
 """LazyLogits behaves as the tensor it stands for, and costs nothing until it is used as one."""
 
 import copy
+import io
 import pickle
 import warnings
 
@@ -41,6 +42,7 @@ def pair(bias=True):
 
 FUSED = {
     "float": lambda x: x.float(),
+    "to the dtype of another": lambda x: x.double().type_as(torch.zeros(1)),
     "to dtype": lambda x: x.to(torch.float32).contiguous(),
     "scale": lambda x: x * 0.5,
     "reflected scale": lambda x: 2 * x,
@@ -157,8 +159,10 @@ def test_metadata_costs_nothing():
     lazy, true, (head, _), _ = pair()
     for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout"):
         assert getattr(lazy, name) == getattr(true, name), name
-    for name in ("size", "dim", "numel", "is_floating_point", "is_contiguous"):
+    for name in ("size", "dim", "numel", "is_floating_point", "is_contiguous", "stride", "element_size", "get_device"):
         assert getattr(lazy, name)() == getattr(true, name)(), name
+    assert lazy.bfloat16().nbytes == true.bfloat16().nbytes and lazy.data.dtype == true.data.dtype
+    assert torch.equal(lazy.half().new_zeros(2, 3), true.half().new_zeros(2, 3))
     assert lazy.size(-1) == V and len(lazy) == B and lazy.to(true.device) is lazy
     assert not hasattr(lazy, "no_such_thing") and "LazyLogits" in repr(lazy)
     assert not head.computed
@@ -223,6 +227,10 @@ def test_copy_and_pickle_carry_the_values():
     for copied in (pickle.loads(pickle.dumps(lazy)), copy.deepcopy(lazy), lazy.cpu().clone()):
         assert isinstance(copied, torch.Tensor)
         torch.testing.assert_close(copied.to(true.device), true.detach() if not copied.requires_grad else true)
+    file = io.BytesIO()
+    torch.save({"logits": lazy}, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True)["logits"], true)
 
 
 def test_logits_of_changed_weights_are_refused():

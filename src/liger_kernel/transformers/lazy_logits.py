@@ -107,6 +107,18 @@ class LazyLogits:
     def float(self):
         return self.to(torch.float32)
 
+    def double(self):
+        return self.to(torch.float64)
+
+    def half(self):
+        return self.to(torch.float16)
+
+    def bfloat16(self):
+        return self.to(torch.bfloat16)
+
+    def type_as(self, other):
+        return self.to(other)
+
     def contiguous(self, **options):
         return self
 
@@ -187,6 +199,10 @@ class LazyLogits:
 
     def tanh(self):
         return self.materialize().tanh() if self._settled else self._step("tanh", None)
+
+    @property
+    def data(self):
+        return self.detach()
 
     def detach(self):
         if self._settled:
@@ -306,6 +322,10 @@ class LazyLogits:
     def __getattr__(self, name: str):
         if name in _LIKE_HIDDEN:
             return getattr(self.hidden, name)
+        if name in _OF_SIZES:
+            return getattr(torch.empty(self.shape, dtype=self.dtype, device="meta"), name)
+        if name in _OF_KIND:
+            return getattr(torch.empty(0, dtype=self.dtype, device=self.device), name)
         if name.startswith("_") or not hasattr(torch.Tensor, name):
             raise AttributeError(f"LazyLogits has no attribute {name!r}")
         value = self.materialize()
@@ -325,8 +345,8 @@ class LazyLogits:
     def __array__(self, *args, **kwargs):
         return self.materialize().detach().__array__(*args, **kwargs)
 
-    def __reduce__(self):
-        return _identity, (self.materialize().detach(),)
+    def __reduce_ex__(self, protocol):
+        return self.materialize().detach().__reduce_ex__(protocol)  # a tensor's own: torch.load reads it as weights
 
     def __deepcopy__(self, memo):
         return self.materialize().detach().clone()
@@ -399,10 +419,6 @@ def _real(value):
     return value
 
 
-def _identity(value):
-    return value
-
-
 def _through_value(name: str) -> Any:
     def method(self, *args):
         return getattr(self.materialize(), name)(*_real(args))
@@ -412,7 +428,12 @@ def _through_value(name: str) -> Any:
 
 
 _LIKE_HIDDEN = {"is_cpu", "is_cuda", "is_hpu", "is_meta", "is_mps", "is_npu", "is_sparse", "is_xpu", "layout"}
-_RECORDED = {"contiguous", "detach", "div", "flatten", "float", "mul", "reshape", "tanh", "to", "true_divide", "view"}
+_OF_SIZES = {"element_size", "itemsize", "nbytes", "nelement", "storage_offset", "stride"}
+_OF_KIND = {"get_device", "is_complex", "is_signed", "new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"}
+_RECORDED = {
+    "bfloat16", "contiguous", "detach", "div", "double", "flatten", "float", "half", "mul", "reshape", "tanh", "to",
+    "true_divide", "type_as", "view",
+}  # fmt: skip
 for _name in (
     "add", "radd", "sub", "rsub", "rtruediv", "floordiv", "mod", "pow", "rpow", "matmul", "rmatmul", "neg", "abs",
     "eq", "ne", "lt", "le", "gt", "ge", "bool", "float", "int",
