@@ -7,7 +7,7 @@ import torch
 
 from support import tiny_model
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 from liger_kernel.transformers import apply_liger_kernel, revert_liger_kernel  # noqa: E402
 from liger_kernel.transformers.models import TESTED  # noqa: E402
@@ -32,13 +32,18 @@ def train(model, device):
     return torch.stack(losses).cpu()
 
 
+def assert_patched(model):
+    left = {r.kind for r in apply_liger_kernel(model).left}
+    assert left <= {"experts"} if transformers.__version__ < "5" else not left
+
+
 @pytest.mark.parametrize("model_type", TESTED)
 def test_training_is_the_same_patched_and_unpatched(model_type, device):
     unpatched = tiny_model(model_type).to(device)
     patched = copy.deepcopy(unpatched)
     wanted = train(unpatched, device)
     try:
-        assert not apply_liger_kernel(patched).left
+        assert_patched(patched)
         losses = train(patched, device)
     finally:
         revert_liger_kernel(patched)
@@ -64,7 +69,7 @@ def test_bf16_training_is_as_close_as_other_kernels_are(model_type, device):
     wanted, drifted = train(first, device), train(other, device)
     spread = (drifted - wanted).abs().max()
     try:
-        assert not apply_liger_kernel(patched).left
+        assert_patched(patched)
         losses = train(patched, device)
     finally:
         revert_liger_kernel(patched)

@@ -180,7 +180,7 @@ def test_the_function_of_a_type_patches_its_norms_mlps_and_head(model_type):
     norms -= {n for n in norms if type(model.get_submodule(n)).__name__ == "NemotronLayerNorm1P"}
     assert norms <= patched_names(model)
     assert {r.module for r in report.patched if r.kind == "head"} == {"lm_head"}
-    assert all(r.kind in ("norm", "rope", "mlp", "activation") for r in report.left), report
+    assert all(r.kind in ("norm", "rope", "mlp", "activation", "experts") for r in report.left), report
 
 
 def test_the_arrangement_for_a_family_is_for_its_parts_too():

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from liger_kernel.transformers import kinds, replicas
-from liger_kernel.transformers.kinds import Match, Refusal, rope
+from liger_kernel.transformers.kinds import Match, Refusal, experts, rope
 from liger_kernel.transformers.kinds.probe import RECORD
 from liger_kernel.transformers.report import Report, Row
 
@@ -100,8 +100,12 @@ def apply_liger_kernel(
         logger.info("LIGER_KERNEL_DISABLE is set: %s is left unpatched", report.model)
         return report
 
+    experts.register()
+    alone = set(experts.separate(base))
     for name, module in base.named_modules():
         if (found := kinds.identify(module)) is not None:
+            if module in alone:
+                found = Refusal(experts.NAME, experts.ALONE)
             report.rows.append(_patch(name, module, found, chosen))
     _patch_ropes(base, chosen, report)
     report.rows.append(_patch_head(base, chosen))
@@ -196,10 +200,12 @@ def _off(flag: str) -> str:
 
 def _patch(name: str, module: nn.Module, found: Match | Refusal, chosen: dict[str, bool]) -> Row:
     """Bring one module to what is wanted of it."""
-    reason = found.reason if isinstance(found, Refusal) else None if chosen[found.flag] else _off(found.flag)
-    slot, owner = _slot(module)
-    reason = reason or owner
-    if reason is not None or isinstance(found, Refusal):
+    if isinstance(found, Refusal):
+        _unbind(module)
+        return Row(name, found.kind, reason=found.reason)
+    slot, owner = _slot(module, found.kind)
+    reason = owner if chosen[found.flag] else _off(found.flag)
+    if reason is not None:
         _unbind(module)
         return Row(name, found.kind, reason=reason)
     record = module.__dict__.get(RECORD)
@@ -209,16 +215,18 @@ def _patch(name: str, module: nn.Module, found: Match | Refusal, chosen: dict[st
     return Row(name, found.kind, found.kernel, found.error)
 
 
-def _slot(module: nn.Module) -> tuple[str, str | None]:
+def _slot(module: nn.Module, kind: str) -> tuple[str, str | None]:
     """The attribute to bind, and whose it is already, where it is neither the class's nor ours.
 
     Under accelerate's hooks it is the forward that the hook calls: the hook neither bypasses us nor is bypassed.
     """
     state = module.__dict__
     slot = "_old_forward" if "_hf_hook" in state and "_old_forward" in state else "forward"
+    slot = experts.SLOT if kind == experts.NAME else slot
     current = state.get(slot)
     function = getattr(current, "__func__", None)
-    if current is None or function is type(module).forward or _is_ours(module, current):
+    own = getattr(type(module), slot if slot == experts.SLOT else "forward")
+    if current is None or function is own or _is_ours(module, current):
         return slot, None
     owner = function or getattr(current, "func", current)
     where = getattr(owner, "__module__", None) or type(owner).__module__
@@ -241,13 +249,13 @@ def _bind(module: nn.Module, match: Match, slot: str) -> None:
 def _unbind(module: nn.Module) -> None:
     """Undo _bind, also where accelerate's hooks came or went since."""
     state = module.__dict__
-    for slot in ("forward", "_old_forward"):
+    for slot in ("forward", "_old_forward", experts.SLOT):
         if not _is_ours(module, state.get(slot)):
             continue
         record = state[RECORD]
         if slot == record.slot and record.displaced is not None:
             state[slot] = record.displaced
-        elif slot == "forward":
+        elif slot != "_old_forward":
             del state[slot]
         else:
             state[slot] = MethodType(type(module).forward, module)

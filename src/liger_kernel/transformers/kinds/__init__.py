@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from liger_kernel.transformers.kinds import mlp, norm, relu_squared
+from liger_kernel.transformers.kinds import experts, mlp, norm, relu_squared
 from liger_kernel.transformers.kinds.probe import Match, Refusal
 
-MODULES = {kind.NAME: kind for kind in (norm, mlp, relu_squared)}
+MODULES = {kind.NAME: kind for kind in (norm, mlp, relu_squared, experts)}
 
 
 def identify(module: nn.Module) -> Match | Refusal | None:

@@ -9,7 +9,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -41,6 +41,7 @@ class MLP:
     down: str
     activation: str
     gate_first: bool = True
+    wide: bool = False  # act and product in fp32, rounded once
 
 
 def _linears(module: nn.Module) -> dict[str, tuple[int, int]]:
@@ -100,12 +101,15 @@ def _twin(module, linears, small, dtype, training):
 
 def _formula(form: MLP, made: nn.Module, x):
     gate, up, down = (made.get_submodule(name) for name in (form.gate, form.up, form.down))
-    if gate is up:
-        first, second = gate(x).chunk(2, -1)
-        pair = (first, second) if form.gate_first else (second, first)
-    else:
-        pair = gate(x), up(x)
-    return down(ACTIVATIONS[form.activation][1](pair[0]) * pair[1])
+    return down(gated(form, gate(x).chunk(2, -1) if gate is up else (gate(x), up(x))))
+
+
+def gated(form: MLP, pair) -> torch.Tensor:
+    """What torch computes of gate and up, which lie in this order where they are packed and the gate is first."""
+    gate, up = pair if form.gate_first else reversed(pair)
+    if form.wide:
+        return gated(replace(form, gate_first=True, wide=False), (gate.float(), up.float())).to(gate.dtype)
+    return ACTIVATIONS[form.activation][1](gate) * up
 
 
 def _forms(linears) -> Iterator[MLP]:
@@ -137,16 +141,25 @@ def verify(module: nn.Module) -> Match | Refusal | None:
         ours = [_formula(form, t, x.to(dtype)) for t, (dtype, _) in zip(twins, modes, strict=True)]
         found = max(probe.error(o, w) for o, w in zip(originals[:2], ours, strict=False))
         closest = min(closest, found)
-        if found > MAX_ERROR:
-            continue
-        if (rate := probe.same(originals[2], ours[2])) < MIN_SAME:
-            return Refusal(NAME, f"agrees in fp32 but rounds bf16 in another order ({rate:.0%} of the bits agree)")
-        flag = ACTIVATIONS[form.activation][0]
-        kernel = f"{flag} {form.activation}" + (" packed" if form.gate == form.up else "")
-        return Match(NAME, flag, kernel, form, found)
+        if found <= MAX_ERROR:
+            low = functools.partial(_formula, made=twins[2], x=x.to(torch.bfloat16))
+            return as_it_rounds(NAME, form, found, originals[2], low)
     if closest == float("inf"):
         return None
     return Refusal(NAME, f"has the linears of a gated MLP but fits no known formula (closest: {closest:.0e})")
+
+
+def as_it_rounds(kind: str, form: MLP, error: float, found: torch.Tensor, formula: Callable) -> Match | Refusal:
+    """The form that rounds where the bf16 result `found` was rounded; formula(form) is what it would be."""
+    rates = {}
+    for one in (form, replace(form, wide=True)):
+        rates[one] = probe.same(found, formula(one))
+        if rates[one] >= MIN_SAME:
+            flag = ACTIVATIONS[form.activation][0]
+            kinds = [flag, form.activation, *["packed"] * (form.gate == form.up), *["in fp32"] * one.wide]
+            return Match(kind, flag, " ".join(kinds), one, error)
+    best = max(rates.values())
+    return Refusal(kind, f"agrees in fp32 but rounds bf16 in another order ({best:.0%} of the bits agree)")
 
 
 def _down(linear: nn.Module, product: torch.Tensor, remake: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -185,8 +198,10 @@ def _may_remake() -> bool:
     )
 
 
-def _product(form: MLP, gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+def product(form: MLP, gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
     """act(gate) * up, the two packed in one tensor where up is None."""
+    if form.wide and gate.dtype not in (torch.float32, torch.float64):
+        return product(replace(form, wide=False), gate.float(), None if up is None else up.float()).to(gate.dtype)
     if up is None:
         if form.activation == "silu" and form.gate_first:
             return ops.LigerFusedGateUpSiLUMulFunction.apply(gate)
@@ -212,9 +227,9 @@ def forward(form: MLP, name: str = "forward"):
 
         def remake():
             with torch.no_grad():
-                return _product(form, gate, up)
+                return product(form, gate, up)
 
-        return _down(getattr(self, form.down), _product(form, gate, up), remake)
+        return _down(getattr(self, form.down), product(form, gate, up), remake)
 
     method.__name__ = name
     return method
