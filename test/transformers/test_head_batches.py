@@ -12,7 +12,10 @@ pytest.importorskip("transformers")
 
 from liger_kernel.transformers.lazy_logits import LazyLogits  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:the logits of a fused LM head were used")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the logits of a fused LM head were used"),
+    pytest.mark.usefixtures("on_device"),
+]
 V = 256
 
 
