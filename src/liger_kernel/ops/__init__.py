@@ -29,10 +29,13 @@ EXPORTS: dict[str, tuple[str, ...]] = {
     "swiglu": ("LigerFusedGateUpSiLUMulFunction", "LigerSiLUMulFunction", "swiglu_backward", "swiglu_forward"),
 }
 
-# Modules that give a room's kernels another interface.
+# Modules that put rooms together or give their kernels another interface.
 FORMS: dict[str, tuple[str, ...]] = {
+    "fused_moe": ("LigerFusedMoEFunction",),
     "llama4_rope": ("LigerLlama4RopeFunction",),
+    "mlp": ("LigerMLPFunction",),
     "qwen2vl_mrope": ("LigerQwen2VLMRopeFunction",),
+    "tiled_mlp": ("LigerTiledMLPFunction", "apply_tiled_mlp"),
 }
 
 # Names of the liger-kernel interface that are still to come.
@@ -43,17 +46,14 @@ NOT_BUILT = (
     "LigerFusedCETVDFunction", "fused_ce_tvd_backward", "fused_ce_tvd_forward",
     "LigerFusedLinearKLDivFunction", "fused_linear_kl_div_backward", "fused_linear_kl_div_forward",
     "LigerFusedLinearScaledCrossEntropyTPFunction",
-    "LigerFusedMoEFunction",
     "LigerFusedNeighborhoodAttentionFunction",
     "LigerGroupNormFunction", "group_norm_backward", "group_norm_forward",
     "GrpoLossFunction",
     "LigerMHCCoeffsFunction", "LigerMHCPostResFunction", "LigerMHCPreFunction",
-    "LigerMLPFunction",
     "LigerModulatedRMSNormFunction", "modulated_rms_norm_backward", "modulated_rms_norm_forward",
     "LigerMultiTokenAttentionFunction",
     "LigerPolyNormFunction", "poly_norm_backward", "poly_norm_forward",
     "LigerSparsemaxFunction",
-    "LigerTiledMLPFunction", "apply_tiled_mlp",
     "LigerTVDLossFunction",
     "LigerVocabParallelCEFunction",
 )  # fmt: skip

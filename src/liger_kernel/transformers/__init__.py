@@ -19,6 +19,7 @@ _MODULES = {
     f"{_HERE}.kl_div": ("LigerKLDIVLoss",),
     f"{_HERE}.layer_norm": ("LigerLayerNorm",),
     f"{_HERE}.llama4_rope": ("liger_llama4_text_rotary_pos_emb", "liger_llama4_vision_rotary_pos_emb"),
+    f"{_HERE}.mlp": ("LigerFalconH1MLP", "LigerMLP"),
     f"{_HERE}.qwen2vl_mrope": ("liger_multimodal_rotary_pos_emb",),
     f"{_HERE}.relu_squared": ("LigerReLUSquared",),
     f"{_HERE}.rms_norm": (
@@ -27,9 +28,10 @@ _MODULES = {
     f"{_HERE}.rope": ("liger_rotary_pos_emb",),
     f"{_HERE}.softmax": ("LigerSoftmax",),
     f"{_HERE}.swiglu": (
-        "LigerBlockSparseTop2MLP", "LigerFalconH1SwiGLUMLP", "LigerPhi3SwiGLUMLP", "LigerQwen3MoeSwiGLUMLP",
-        "LigerSwiGLUMLP",
+        "LigerBlockSparseTop2MLP", "LigerExperts", "LigerFalconH1SwiGLUMLP", "LigerPhi3SwiGLUMLP",
+        "LigerQwen3MoeSwiGLUMLP", "LigerSwiGLUMLP", "LigerSwiGLUMLPForMuseGlimmer",
     ),
+    f"{_HERE}.tiled_mlp": ("LigerTiledGEGLUMLP", "LigerTiledSwiGLUMLP"),
 }  # fmt: skip
 _ENGINE = {  # these need transformers
     f"{_HERE}.auto_model": ("AutoLigerKernelForCausalLM",),
@@ -37,13 +39,17 @@ _ENGINE = {  # these need transformers
     f"{_HERE}.patch": ("apply_liger_kernel", "revert_liger_kernel"),
 }
 _NOT_BUILT = (
-    "LigerDyT", "LigerExperts", "LigerFalconH1MLP", "LigerFusedCETVDLoss",
-    "LigerFusedLinearKLDivLoss", "LigerMHC", "LigerMLP",
-    "LigerModulatedRMSNorm", "LigerMultiTokenAttention", "LigerPolyNorm",
+    "LigerDyT",
+    "LigerFusedCETVDLoss",
+    "LigerFusedLinearKLDivLoss",
+    "LigerMHC",
+    "LigerModulatedRMSNorm",
+    "LigerMultiTokenAttention",
+    "LigerPolyNorm",
     "LigerSparsemax",
-    "LigerSwiGLUMLPForMuseGlimmer", "LigerTVDLoss", "LigerTiledGEGLUMLP", "LigerTiledSwiGLUMLP",
+    "LigerTVDLoss",
     "LigerVocabParallelCrossEntropy",
-)  # fmt: skip
+)
 
 __all__, _resolve = _lazy.lazy_names(__name__, _MODULES | _ENGINE, _NOT_BUILT)
 _NEEDS_TRANSFORMERS = {name for names in _ENGINE.values() for name in names}

@@ -17,6 +17,8 @@ from liger_kernel.transformers.llama4_rope import liger_llama4_text_rotary_pos_e
 from liger_kernel.transformers.llama4_rope import (
     liger_llama4_vision_rotary_pos_emb as liger_llama4_vision_rotary_pos_emb,
 )
+from liger_kernel.transformers.mlp import LigerFalconH1MLP as LigerFalconH1MLP
+from liger_kernel.transformers.mlp import LigerMLP as LigerMLP
 from liger_kernel.transformers.monkey_patch import _apply_liger_kernel as _apply_liger_kernel
 from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance as _apply_liger_kernel_to_instance
 from liger_kernel.transformers.patch import apply_liger_kernel as apply_liger_kernel
@@ -32,10 +34,14 @@ from liger_kernel.transformers.rms_norm import (
 from liger_kernel.transformers.rope import liger_rotary_pos_emb as liger_rotary_pos_emb
 from liger_kernel.transformers.softmax import LigerSoftmax as LigerSoftmax
 from liger_kernel.transformers.swiglu import LigerBlockSparseTop2MLP as LigerBlockSparseTop2MLP
+from liger_kernel.transformers.swiglu import LigerExperts as LigerExperts
 from liger_kernel.transformers.swiglu import LigerFalconH1SwiGLUMLP as LigerFalconH1SwiGLUMLP
 from liger_kernel.transformers.swiglu import LigerPhi3SwiGLUMLP as LigerPhi3SwiGLUMLP
 from liger_kernel.transformers.swiglu import LigerQwen3MoeSwiGLUMLP as LigerQwen3MoeSwiGLUMLP
 from liger_kernel.transformers.swiglu import LigerSwiGLUMLP as LigerSwiGLUMLP
+from liger_kernel.transformers.swiglu import LigerSwiGLUMLPForMuseGlimmer as LigerSwiGLUMLPForMuseGlimmer
+from liger_kernel.transformers.tiled_mlp import LigerTiledGEGLUMLP as LigerTiledGEGLUMLP
+from liger_kernel.transformers.tiled_mlp import LigerTiledSwiGLUMLP as LigerTiledSwiGLUMLP
 
 def is_transformers_available() -> bool: ...
 def apply_liger_kernel_to_deepseek_v2(

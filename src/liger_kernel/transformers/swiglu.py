@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
+from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
 from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction, LigerSiLUMulFunction
 
 _SILU = ("silu", "swish")
 
 
-def _check(config) -> None:
-    if config.hidden_act not in _SILU:
-        raise ValueError(f"hidden_act must be one of {sorted(_SILU)} for a SwiGLU MLP, got {config.hidden_act!r}")
+def _check(config, name: str = "hidden_act") -> None:
+    if (activation := getattr(config, name)) not in _SILU:
+        raise ValueError(f"{name} must be one of {sorted(_SILU)} for a SwiGLU MLP, got {activation!r}")
 
 
 class LigerSwiGLUMLP(nn.Module):
@@ -22,9 +24,11 @@ class LigerSwiGLUMLP(nn.Module):
     Raises ValueError for a hidden_act other than SiLU.
     """
 
+    _activation = "hidden_act"
+
     def __init__(self, config, intermediate_size: int | None = None):
         super().__init__()
-        _check(config)
+        _check(config, self._activation)
         self.config = config
         self.hidden_size = config.hidden_size
         self.intermediate_size = config.intermediate_size if intermediate_size is None else intermediate_size
@@ -39,6 +43,15 @@ class LigerSwiGLUMLP(nn.Module):
 
 class LigerQwen3MoeSwiGLUMLP(LigerSwiGLUMLP):
     """LigerSwiGLUMLP under the name that mixtures of experts use for their dense and shared MLPs."""
+
+
+class LigerSwiGLUMLPForMuseGlimmer(LigerSwiGLUMLP):
+    """LigerSwiGLUMLP of Muse Glimmer, whose configuration names the activation hidden_activation."""
+
+    _activation = "hidden_activation"
+
+    def __init__(self, config):
+        super().__init__(config)
 
 
 class LigerHunyuanV1SwiGLUMLP(LigerSwiGLUMLP):
@@ -89,3 +102,30 @@ class LigerBlockSparseTop2MLP(nn.Module):
 
     def forward(self, x):
         return self.w2(LigerSiLUMulFunction.apply(self.w1(x), self.w3(x)))
+
+
+class LigerExperts(nn.Module):
+    """The experts of a mixture as transformers 5 keeps them: gate_up_proj (E, 2 I, H), down_proj (E, H, I).
+
+    E is config.num_local_experts, num_experts or n_routed_experts; I moe_intermediate_size, else intermediate_size.
+    forward uses the two parameters only, so it also serves as a forward of other classes that have them.
+    Raises ValueError for a hidden_act other than SiLU.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        _check(config)
+        counts = (getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+        self.num_experts = next(count for count in counts if count is not None)
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+        sizes = (2 * self.intermediate_dim, self.hidden_dim), (self.hidden_dim, self.intermediate_dim)
+        made = [nn.Parameter(torch.empty(self.num_experts, *size)) for size in sizes]
+        self.gate_up_proj, self.down_proj = made
+        for parameter in made:
+            nn.init.normal_(parameter, std=getattr(config, "initializer_range", 0.02))
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        """hidden_states (T, H), the experts of each token and their weights (T, K) -> (T, H)."""
+        weights = self.gate_up_proj, self.down_proj
+        return LigerFusedMoEFunction.apply(hidden_states, *weights, top_k_index, top_k_weights)
