@@ -35,18 +35,91 @@ def kernels_in(path):
             yield node
 
 
+WIDENS = re.compile(r"int64\(.*\)|.*\.to\(tl\.int64\)", re.DOTALL)
+PASSES_ON = ("tl.minimum", "tl.maximum", "tl.cdiv", "tl.where", "min", "max")  # calls whose result is an index again
+TILE_SIZES = ("ROWS", "BLOCK", "LANES", "VEC")  # an index times one of these is an index: at most R or N
+
+
+class Indices(ast.NodeVisitor):
+    """Collects the products of a size and a 32-bit index: a program id, or what is made of one and not cast."""
+
+    def __init__(self, kernel):
+        self.names = {a.arg: "" for a in kernel.args.args if a.arg in ("pid", "tile", "row", "index")}
+        self.found = set()
+        for statement in kernel.body:
+            self.visit(statement)
+
+    def narrow(self, node) -> bool:
+        if WIDENS.fullmatch(ast.unparse(node)):
+            return False
+        if isinstance(node, ast.Name):
+            return node.id in self.names
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            return called == "tl.program_id" or called in PASSES_ON and any(map(self.narrow, node.args))
+        if isinstance(node, ast.BinOp):  # a remainder is an offset within a row
+            return not isinstance(node.op, ast.Mod) and (self.narrow(node.left) or self.narrow(node.right))
+        inner = getattr(node, "operand", None) or getattr(node, "value", None)
+        return isinstance(node, (ast.UnaryOp, ast.Subscript)) and self.narrow(inner)
+
+    def assign(self, target, value):
+        for name in [n.id for n in ast.walk(target) if isinstance(n, ast.Name)]:
+            self.names.pop(name, None)
+            if self.narrow(value):
+                divided = isinstance(value, ast.BinOp) and isinstance(value.op, ast.FloorDiv)
+                self.names[name] = ast.unparse(value.right) if divided else ""
+
+    def visit_Assign(self, node):
+        self.visit(node.value)
+        for target in node.targets:
+            self.assign(target, node.value)
+
+    def visit_For(self, node):
+        if isinstance(node.iter, ast.Call) and any(map(self.narrow, node.iter.args[:2])):
+            self.names[node.target.id] = ""
+        for statement in node.body:
+            self.visit(statement)
+
+    def visit_BinOp(self, node):
+        self.generic_visit(node)
+        for index, size in ((node.left, node.right), (node.right, node.left)):
+            if not isinstance(node.op, ast.Mult) or not self.narrow(index) or isinstance(size, ast.Constant):
+                continue
+            text = ast.unparse(size)
+            quotient = self.names.get(ast.unparse(index)) == text  # i // n * n is at most i
+            if not (quotient or text in TILE_SIZES or WIDENS.fullmatch(text)):
+                self.found.add(ast.unparse(node))
+
+
 @pytest.mark.parametrize("path", KERNELS, ids=name)
 def test_row_indices_are_64_bit_before_they_meet_a_size(path):
-    """A program id, a tile or a row times a stride overflows 32 bits beyond 2^31 elements."""
+    """A program id, or what is made of one, times a stride overflows 32 bits beyond 2^31 elements."""
     for kernel in kernels_in(path):
-        for node in ast.walk(kernel):
-            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-                text = ast.unparse(node.left)
-                index = re.fullmatch(r"(pid|tile|row_id|tl\.program_id\(\d\))", text)
-                size = ast.unparse(node.right)
-                assert not index or size.isupper() and size in ("ROWS", "BLOCK"), (
-                    f"{kernel.name}: {ast.unparse(node)} needs int64({text})"
-                )
+        found = Indices(kernel).found
+        assert not found, f"{kernel.name}: {found}: a 32-bit index times a size needs int64(index)"
+
+
+WALK = "for tile in range(tl.program_id(0), R, tl.num_programs(0)):\n        "
+
+
+@pytest.mark.parametrize(
+    ("body", "bad"),
+    [
+        ("tl.load(X + tl.program_id(0) * N)", True),
+        ("tl.load(X + N * tl.program_id(0))", True),
+        ("pid = tl.program_id(0)\n    row = pid // 4 + 1\n    tl.load(X + row * stride)", True),
+        (WALK + "tl.load(X + (tile * ROWS + cols) * N)", True),
+        (WALK + "tl.load(X + int64(tile) * ROWS * N)", False),
+        ("row = tl.program_id(0).to(tl.int64)\n    tl.load(X + row * N)", False),
+        ("row = tl.program_id(0)\n    row = row.to(tl.int64)\n    tl.load(X + row * N)", False),
+        ("pid = tl.program_id(0)\n    label = tl.load(X + pid)\n    live = label * N", False),
+        ("pid = tl.program_id(0)\n    row = pid // N\n    col = pid - row * N", False),
+        ("mask = tl.program_id(0) * ROWS + cols < R", False),
+    ],
+)
+def test_the_check_of_indices_sees(body, bad):
+    (kernel,) = ast.parse(f"def k(X, R, N, stride, cols):\n    {body}").body
+    assert bool(Indices(kernel).found) == bad
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=name)

@@ -156,7 +156,7 @@ def _backward_kernel(
     step = tl.num_programs(0) // S
     cols = tl.arange(0, BLOCK)[None, :]
     for group in range(tl.program_id(0) - first * S, G, S):
-        partial = first.to(tl.int64) * N * G + group * N
+        partial = first.to(tl.int64) * N * G + int64(group) * N
         if not LOOP:
             w = _weight(W, group, 0, N, BLOCK)
             if dW is not None:
