@@ -31,6 +31,12 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def small_heads_take_the_engine(monkeypatch):
+    """The tests' heads are so small that plain torch would be chosen for them, which a test of its own is about."""
+    monkeypatch.setattr("liger_kernel.ops.fused_linear_cross_entropy.SMALL", 0)
+
+
 @pytest.fixture
 def device() -> torch.device:
     """The accelerator of this machine, or the CPU."""

@@ -15,6 +15,7 @@ from liger_kernel.ops import head
 from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, functional
 from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
 
+
 VALUES = dict(
     bias=(False, True), ce_weight=(False, True), lse_square_scale=(0.0, 1e-2), label_smoothing=(0.0, 0.1),
     reduction=("mean", "sum", "none"), softcap=(None, 4.0), use_token_scaling=(False, True), logit_scale=(1.0, 0.3),
@@ -440,3 +441,43 @@ def test_ignored_rows_go_through_no_product_on_a_cpu(monkeypatch):
     assert sum(seen) == 16 + 64
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+SMALL_CALLS = [
+    {}, dict(reduction="sum"), dict(reduction="none"), dict(normalizer=7), dict(reduction="sum", normalizer="tensor"),
+    dict(softcap=4.0, logit_scale=0.5, temperature=0.7), dict(label_smoothing=0.1, ce_weight=True),
+    dict(ignore_index=3), dict(vocab_slice=(2, 20)), dict(bias=True), dict(all_ignored=True), dict(rows=0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("call", SMALL_CALLS, ids=str)
+def test_a_small_problem_takes_plain_torch_and_gives_the_same(call, dtype, monkeypatch):
+    call = dict(call)
+    x, weight, target, b = problem(9, dtype=dtype, bias=call.pop("bias", False))
+    rows = call.pop("rows", 9)
+    x, target = x.detach()[:rows].requires_grad_(), target[:rows] % (18 if "vocab_slice" in call else 21)
+    if call.pop("all_ignored", False):
+        target = torch.full_like(target, -100)
+    if call.get("normalizer") == "tensor":
+        call["normalizer"] = torch.tensor(7)
+    if call.pop("ce_weight", False):
+        call["ce_weight"] = torch.rand(21) + 0.1
+    leaves = [t for t in (x, weight, b) if t is not None]
+    engine = fused(x, weight, target, b, **call)
+    monkeypatch.setattr(room, "SMALL", 1 << 16)
+    monkeypatch.setattr(room.LigerFusedLinearCrossEntropyFunction, "apply", lambda *args: pytest.fail("the engine ran"))
+    plain = fused(x, weight, target, b, **call)
+    slack = dict(rtol=1e-5, atol=1e-6) if dtype is torch.float32 else dict(rtol=2e-2, atol=1e-2)  # of 8 bits
+    assert plain.dtype == engine.dtype
+    torch.testing.assert_close(plain, engine, rtol=1e-5, atol=1e-6)
+    for a, e in zip(*(torch.autograd.grad(loss.sum(), leaves) for loss in (plain, engine)), strict=True):
+        torch.testing.assert_close(a, e, **slack)
+
+
+def test_a_small_problem_calls_the_helpers_that_somebody_replaced(monkeypatch):
+    monkeypatch.setattr(room, "SMALL", 1 << 16)
+    called, own = [], room.fused_linear_cross_entropy_forward
+    monkeypatch.setattr(room, "fused_linear_cross_entropy_forward", lambda *a, **k: called.append(1) or own(*a, **k))
+    fused(*problem()[:3])
+    assert called
