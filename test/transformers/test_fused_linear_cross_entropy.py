@@ -15,7 +15,6 @@ from liger_kernel.ops import head
 from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, functional
 from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
 
-
 VALUES = dict(
     bias=(False, True), ce_weight=(False, True), lse_square_scale=(0.0, 1e-2), label_smoothing=(0.0, 0.1),
     reduction=("mean", "sum", "none"), softcap=(None, 4.0), use_token_scaling=(False, True), logit_scale=(1.0, 0.3),
