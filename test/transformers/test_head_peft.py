@@ -95,7 +95,8 @@ def adapted(config, fuse=True, base=None, name="mine"):
     model = copy.deepcopy(base or tiny_model("llama", tie_word_embeddings=False))
     if fuse:
         fuse_head(model)
-    return peft.get_peft_model(model, config, adapter_name=name).train()
+    with torch.device("cpu"):  # where VeRA's generator is; adapters then move to their layer's device
+        return peft.get_peft_model(model, config, adapter_name=name).train()
 
 
 def lora(**options):

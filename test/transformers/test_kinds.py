@@ -57,9 +57,9 @@ class OffsetLayerNorm(nn.LayerNorm):
 
     def forward(self, value):
         given = value, self.weight + 1, self.bias
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled(value.device.type):
             given = [t.to(torch.bfloat16) for t in given]
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(value.device.type, enabled=False):
             return F.layer_norm(given[0], value.shape[-1:], *given[1:])
 
 
@@ -289,7 +289,7 @@ def test_a_norm_that_casts_for_autocast_still_does():
     module, plain = OffsetLayerNorm(24), OffsetLayerNorm(24)
     assert only_row(module).reason is None
     x = torch.randn(3, 24)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         y, wanted = module(x), plain(x)
     assert y.dtype is wanted.dtype is torch.bfloat16
     torch.testing.assert_close(y, wanted, rtol=1e-2, atol=1e-2)  # the weight stays fp32 in ours

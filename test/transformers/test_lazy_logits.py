@@ -261,6 +261,7 @@ def test_autocast_of_the_head_decides_the_dtype(now, fused_calls, device):
     with torch.autocast(device.type, torch.bfloat16, enabled=now):
         loss, wanted = F.cross_entropy(lazy, target), F.cross_entropy(true, target)
     assert loss.dtype == wanted.dtype and len(fused_calls) == 1
-    # outside autocast torch rounds its loss to bf16, and so must we
-    torch.testing.assert_close(loss, wanted, rtol=1e-4 if now else 2**-7, atol=0)
+    # outside autocast torch rounds its loss to bf16, and so must we; inside, a GPU may round a logit the other way
+    inside = 1e-4 if device.type == "cpu" else 2**-9
+    torch.testing.assert_close(loss, wanted, rtol=inside if now else 2**-7, atol=0)
     assert torch.equal(lazy.materialize(), true)

@@ -35,10 +35,10 @@ class Rows(torch.utils.data.Dataset):
 
 def train(shape, batch, length, liger):
     """The loss of each step, and the bytes at the highest point, weights and optimizer included."""
-    from benchmark.model import build
+    from liger_kernel.bench.model import Job, build
 
     meter = Meter(torch.device(backends.current().device_type))
-    model = build(shape, checkpoint=False)  # its weights are bf16
+    model = build(Job("", shape, batch, length))  # its weights are bf16
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             folder, max_steps=STEPS, per_device_train_batch_size=batch, bf16=True, optim="adamw_torch_fused",

@@ -1,6 +1,7 @@
 """NVIDIA GPUs."""
 
 import contextlib
+import ctypes
 import functools
 
 import torch
@@ -40,6 +41,16 @@ def _arch(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def _driver(device: torch.device) -> str:
+    """The newest CUDA that the driver runs, as it says itself."""
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return "unknown"
+    return str(version.value)
+
+
 BACKEND = Backend(
     name="cuda",
     device_type="cuda",
@@ -52,6 +63,6 @@ BACKEND = Backend(
     stream=lambda device: torch._C._cuda_getCurrentRawStream(device.index),
     may_wait=may_wait,
     arch=_arch,
-    driver=lambda device: str(torch._C._cuda_getDriverVersion()),
+    driver=_driver,
     comm="nccl",
 )
