@@ -229,6 +229,18 @@ def test_a_loss_function_of_the_user_gets_what_it_needs(fused_calls):
 # Left alone
 
 
+class Packed(torch.Tensor):
+    """A weight that is not what it seems, as torchao's are."""
+
+
+class Unreadable(torch.nn.Module):
+    """A quantised head, whose weight costs its dequantisation to read."""
+
+    @property
+    def weight(self):
+        raise AssertionError("the weight was read")
+
+
 def test_what_cannot_be_fused_is_left_alone_with_its_reason():
     class Special(torch.nn.Linear):
         pass
@@ -239,6 +251,8 @@ def test_what_cannot_be_fused_is_left_alone_with_its_reason():
 
     quantised = torch.nn.Linear(16, 50, bias=False)
     quantised.weight = torch.nn.Parameter(torch.ones(50, 16, dtype=torch.int8), requires_grad=False)
+    packed = torch.nn.Linear(16, 50, bias=False)
+    packed.weight = torch.nn.Parameter(torch.ones(50, 16).as_subclass(Packed))
     taken = Plain()
     taken.out.forward = lambda x: x
     for model, reason in (
@@ -248,6 +262,8 @@ def test_what_cannot_be_fused_is_left_alone_with_its_reason():
         (replaced(Plain(), Special(16, 50)), "Special, not a torch.nn.Linear"),
         (replaced(Plain(), torch.nn.Embedding(50, 16)), "Embedding, not a torch.nn.Linear"),
         (replaced(Plain(), quantised), "int8"),
+        (replaced(Plain(), packed), "weight is a .*Packed, not a plain tensor"),
+        (replaced(Plain(), Unreadable()), "Unreadable, not a torch.nn.Linear"),
         (taken, "replaced the head's forward"),
     ):
         before = dict(model.__dict__)

@@ -221,3 +221,13 @@ def test_without_a_fused_head_the_requested_results_come_from_the_logits():
         torch.testing.assert_close(output[name], other[name])
     with pytest.raises(ValueError, match="use_token_scaling needs the fused head"):
         fused(**given, use_token_scaling=True)
+
+
+def test_adapter_on_the_head_compiles_in_one_graph():
+    base = tiny_model("llama", layers=1, tie_word_embeddings=False)
+    model, fused = (adapted(lora(target_modules=["lm_head"]), fuse, base) for fuse in (False, True))
+    fused(**tokens())  # finds the adapter, which came after the head was fused: tracing does not look for it
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    output, _ = agree(model, compiled, tokens())
+    assert isinstance(output.logits, LazyLogits)
