@@ -24,7 +24,7 @@ def arguments(*given, output="."):
     return parser.parse_args(given)
 
 
-def call(name="ours", op="rms_norm", contract=CONTRACT):
+def call(name="ours", op="rms_norm"):
     job = worker.Job(name, [op], shapes="tiny", samples=3, dtype="float32")
     return next(c for c in worker.calls(job) if c.label == "tiny")
 
@@ -51,6 +51,28 @@ def test_a_peer_that_computes_something_else_is_not_timed(monkeypatch):
     one = call("quack")
     row = worker.timed(one, one.case(), "full")
     assert "differs from the formula by 0.05" in row["failed"] and "event_ms" not in row
+
+
+def test_a_peer_that_writes_over_its_inputs_is_compared_with_fresh_ones(monkeypatch):
+    class InPlace(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, w):
+            ctx.save_for_backward(x, w)
+            return CONTRACT.reference(x, w)
+
+        @staticmethod
+        def backward(ctx, dy):
+            x, w = ctx.saved_tensors
+            with torch.enable_grad():
+                leaves = [t.detach().clone().requires_grad_() for t in (x, w)]
+                dx, dw = torch.autograd.grad(CONTRACT.reference(*leaves), leaves, dy)
+            x.detach().copy_(dx)
+            return x.detach(), dw
+
+    monkeypatch.setitem(peers.PEERS, "quack", lambda op, contract: InPlace.apply)
+    one = call("quack")
+    row = worker.timed(one, one.case(), "full")
+    assert "failed" not in row and row["error"] <= 1e-5
 
 
 def test_upstream_gradients_are_equal_whatever_the_layout_of_an_output():

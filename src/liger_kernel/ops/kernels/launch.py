@@ -33,11 +33,16 @@ def launch(kernel, programs: int, device: torch.device, *args, **meta) -> None:
     free = _free.get(id(kernel))
     if free is None:
         free = _free[id(kernel)] = tuple([bool(p.do_not_specialize) for p in kernel.params])
-    key = (id(kernel), device.index, *meta.values(), *[
-        (value.dtype, value.data_ptr() & 15 == 0) if isinstance(value, torch.Tensor)
-        else value in _INT32 if is_free else value
-        for value, is_free in zip(args, free)
-    ])  # fmt: skip
+    parts, addresses = [id(kernel), device.index, *meta.values()], 0
+    for value, is_free in zip(args, free):
+        if isinstance(value, torch.Tensor):
+            addresses |= value.data_ptr()
+            parts.append(value.dtype)
+        else:
+            parts.append(value in _INT32 if is_free else value)
+    if addresses & 15:  # rare: which of them are not at a multiple of 16 bytes
+        parts.extend([value.data_ptr() & 15 == 0 for value in args if isinstance(value, torch.Tensor)])
+    key = tuple(parts)
     found = _handles.get(key)
     if found is not None and backend.is_current(device):
         _start(found, programs, backend.stream(device), args)
