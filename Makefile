@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 TRANSFORMERS_457 := .deps/transformers-4.57
 export LIGER_TEST_TRANSFORMERS_457 := $(CURDIR)/$(TRANSFORMERS_457)
+TRL := .deps/trl
+export LIGER_TEST_TRL := $(CURDIR)/$(TRL)
 
 .PHONY: demo test test-full lint
 .DELETE_ON_ERROR:
@@ -13,10 +15,10 @@ export LIGER_TEST_TRANSFORMERS_457 := $(CURDIR)/$(TRANSFORMERS_457)
 demo: $(VENV)/.train
 	$(BIN)/liger-kernel demo
 
-test: lint $(TRANSFORMERS_457)/.done
+test: lint $(TRANSFORMERS_457)/.done $(TRL)/.done
 	$(BIN)/pytest test -n auto -m "not slow"
 
-test-full: lint $(TRANSFORMERS_457)/.done
+test-full: lint $(TRANSFORMERS_457)/.done $(TRL)/.done
 	$(BIN)/pytest test -n auto
 
 lint: $(VENV)/.dev
@@ -41,4 +43,13 @@ $(TRANSFORMERS_457)/.done: $(VENV)/.dev
 	rm -rf $(TRANSFORMERS_457)
 	$(BIN)/pip install -qq --no-deps --target $(TRANSFORMERS_457) 'transformers==4.57.3' 'tokenizers>=0.22,<0.23' \
 		'huggingface_hub>=0.34,<1.0' 'hf-xet>=1.1.3,<2' requests urllib3 certifi charset_normalizer idna
+	touch $@
+
+# TRL's first and last versions that call liger_kernel.chunked_loss, and the newest, each with what it alone needs.
+REQUESTS := requests urllib3 certifi charset_normalizer idna
+$(TRL)/.done: $(VENV)/.dev
+	rm -rf $(TRL)
+	$(BIN)/pip install -qq --no-deps --target $(TRL)/0.24 trl==0.24.0 'datasets>=4,<5' httpx httpcore h11 anyio
+	$(BIN)/pip install -qq --no-deps --target $(TRL)/1.12 trl==1.12.0 $(REQUESTS)
+	$(BIN)/pip install -qq --no-deps --target $(TRL)/1.16 trl==1.16.0 $(REQUESTS)
 	touch $@
