@@ -1,5 +1,6 @@
 # make demo: set up and run the demonstration.     make test: lint, then the test suite.
 # make test-full: the complete matrices as well.   make lint: ruff and mypy.
+# make test-npu: the ops and models on an Ascend NPU that is not there: see test/npu.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,17 +10,24 @@ export LIGER_TEST_TRANSFORMERS_457 := $(CURDIR)/$(TRANSFORMERS_457)
 TRL := .deps/trl
 export LIGER_TEST_TRL := $(CURDIR)/$(TRL)
 
-.PHONY: demo test test-full lint
+NPU := .deps/npu
+
+.PHONY: demo test test-full test-npu lint
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
 	$(BIN)/liger-kernel demo
 
 test: lint $(TRANSFORMERS_457)/.done $(TRL)/.done
-	$(BIN)/pytest test -n auto -m "not slow"
+	$(BIN)/pytest test -n auto -m "not slow" --ignore=test/npu
 
 test-full: lint $(TRANSFORMERS_457)/.done $(TRL)/.done
-	$(BIN)/pytest test -n auto
+	$(BIN)/pytest test -n auto --ignore=test/npu
+
+# triton-ascend takes over the name triton, so it lies in a folder of its own, before the others.
+test-npu: $(VENV)/.dev
+	.ci/npu $(BIN)/python $(NPU)
+	PYTHONPATH=$(CURDIR)/$(NPU) $(BIN)/pytest test/npu -n auto -rs
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,10 +1,12 @@
 """Shared by every test: the interpreter where there is no GPU, one seed, poisoned memory for op tests."""
 
+import importlib.util
 import os
 
 import torch
 
-if not torch.cuda.is_available():  # before the first import of triton: kernels are decorated when they are imported
+ASCEND = importlib.util.find_spec("ascendnpuir") is not None  # the environment of test/npu: its triton has a device
+if not torch.cuda.is_available() and not ASCEND:  # before triton is imported: kernels are decorated when they are
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -91,5 +91,6 @@ def install(name: str, **facts) -> types.ModuleType:
     module.max_memory_allocated = lambda device=None: library.bytes_at_most()
     module.reset_peak_memory_stats = lambda device=None: library.forget_peak()
     torch._register_device_module(name, module)
+    torch.autograd.set_multithreading_enabled(False)  # a thread per device may start after the process has ended
     torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
     return module

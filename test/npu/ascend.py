@@ -83,7 +83,7 @@ def check(linalg: str, arch: str) -> str | None:
              "--enable-triton-kernel-compile=true", "-o", Path(folder, "kernel")],
             capture_output=True, text=True, cwd=folder, env=os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"},
         )  # fmt: skip
-    if "External hivmc run fails" in done.stderr:
+    if "External hivmc run fails" in done.stderr or "Cannot find hivmc" in done.stderr:
         return None
     return "\n".join(line for line in done.stderr.splitlines() if "error" in line)[:2000] or done.stderr[:2000]
 
@@ -138,6 +138,7 @@ class Launcher:
         self.kinds = [None if index(key) in constants else kind for key, kind in source.signature.items()]
 
     def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter, leave, *args):
+        assert (y, z) == (1, 1) and x <= CORES, f"{x} x {y} x {z} programs for {CORES} cores"
         if function is None:
             return
         memrefs, passed = [Memref(), Memref()], []
@@ -226,3 +227,17 @@ def install(runs: bool = True, arch: str = ARCH, after=check) -> None:
 
     stages["linalg_to_bin_enable_npu_compile_A2_A3"] = to_binary
     driver.set_active(Driver(arch))
+
+
+def watch_lowering(see) -> None:
+    """Call see(ir) with Triton's IR of each kernel before it is lowered."""
+    from triton.backends import backends
+
+    stages = backends["ascend"].compiler.add_stages.__globals__
+    lower = stages["ttir_to_linalg"]
+
+    def watched(module, *args, **kwargs):
+        see(str(module))
+        return lower(module, *args, **kwargs)
+
+    stages["ttir_to_linalg"] = watched

@@ -93,6 +93,20 @@ def int64(index):
 
 
 @triton.jit
+def index(i, WIDE: tl.constexpr):
+    """A loop index, in 64 bits where WIDE: what is added to it becomes as wide, and vectors of 64 bits are slow."""
+    if WIDE:
+        return int64(i)
+    else:
+        return i
+
+
+def is_wide(size: int) -> bool:
+    """Whether 32 bits cannot count the elements of a tensor, and of a tile that reaches past its end."""
+    return size >= 2**31 - 2**20
+
+
+@triton.jit
 def rounded(x, DTYPE: tl.constexpr):
     """x as it would be after a store in DTYPE, in fp32 again."""
     return x.to(DTYPE).to(tl.float32)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from liger_kernel.backends import device_of
 from liger_kernel.ops.core import Kernels
-from liger_kernel.ops.kernels.blocks import cdiv, int64, launch, power_of_2_from, programs_for
+from liger_kernel.ops.kernels.blocks import cdiv, index, int64, is_wide, launch, power_of_2_from, programs_for
 
 # Kernels: Capital = memory, lower case = registers, ALL_CAPS = compile time.
 
@@ -211,11 +211,11 @@ def liger_cross_entropy_kernel(
 
 
 @triton.jit(do_not_specialize=["n_tiles"])
-def _scale_kernel(X, Factor, n_tiles, N, BLOCK: tl.constexpr):
+def _scale_kernel(X, Factor, n_tiles, N, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     factor = tl.load(Factor).to(tl.float32)
     if factor != 1.0:
         for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
-            at = int64(tile) * BLOCK + tl.arange(0, BLOCK)
+            at = index(tile, WIDE) * BLOCK + tl.arange(0, BLOCK)
             x = tl.load(X + at, mask=at < N).to(tl.float32)
             tl.store(X + at, (x * factor).to(X.dtype.element_ty), mask=at < N)
 
@@ -288,7 +288,8 @@ def cross_entropy_backward(dx, factor):
         n_tiles = cdiv(dx.numel(), block)
         programs = min(programs_for(n_tiles, dx.device), 8 * device_of(dx.device).cores(dx.device))
         launch(
-            _scale_kernel, programs, dx.device, dx, factor, n_tiles, dx.numel(), BLOCK=block, num_warps=8,
+            _scale_kernel, programs, dx.device, dx, factor, n_tiles, dx.numel(), BLOCK=block,
+            WIDE=is_wide(dx.numel()), num_warps=8,
         )  # fmt: skip
     return dx
 

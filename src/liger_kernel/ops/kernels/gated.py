@@ -6,7 +6,17 @@ import torch
 import triton
 import triton.language as tl
 
-from liger_kernel.ops.kernels.blocks import Flat, cdiv, in_units, int64, launch, programs_for, rounded
+from liger_kernel.ops.kernels.blocks import (
+    Flat,
+    cdiv,
+    in_units,
+    index,
+    int64,
+    is_wide,
+    launch,
+    programs_for,
+    rounded,
+)
 
 # Kernels: every activation here is x * p(x), so its derivative is p + x * p'.
 
@@ -46,14 +56,14 @@ def _scaled(x, FACTOR: tl.constexpr, DTYPE: tl.constexpr):
 def _forward_kernel(
     A, B, C, n_tiles, n_per_row, n_units,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr, DOWN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = C.dtype.element_ty
     cols = tl.arange(0, BLOCK)
-    n = int64(n_units) * UNIT
+    n = index(n_units, WIDE) * UNIT
     for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
         row = tile // n_per_row
-        start = int64(tile - row * n_per_row) * BLOCK
+        start = index(tile - row * n_per_row, WIDE) * BLOCK
         mask = start + cols < n
         at = int64(row) * n * WIDTH + start
         a = tl.load(A + at + cols, mask=mask, other=0.0).to(tl.float32)
@@ -69,14 +79,14 @@ def _forward_kernel(
 def _backward_kernel(
     dC, A, B, dA, dB, n_tiles, n_per_row, n_units,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr, DOWN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = A.dtype.element_ty
     cols = tl.arange(0, BLOCK)
-    n = int64(n_units) * UNIT
+    n = index(n_units, WIDE) * UNIT
     for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
         row = tile // n_per_row
-        start = int64(tile - row * n_per_row) * BLOCK
+        start = index(tile - row * n_per_row, WIDE) * BLOCK
         mask = start + cols < n
         at = int64(row) * n * WIDTH + start
         a = tl.load(A + at + cols, mask=mask, other=0.0).to(tl.float32)
@@ -100,7 +110,7 @@ def _run(kernel, tensors, rows, n_cols, width, act, gate, down, device, config):
     launch(
         kernel, programs_for(rows * per_row, device), device,
         *tensors, rows * per_row, per_row, units, UNIT=unit, WIDTH=width, ACT=act, GATE=float(gate), DOWN=float(down),
-        BLOCK=config.block, num_warps=config.num_warps,
+        BLOCK=config.block, WIDE=is_wide(n_cols), num_warps=config.num_warps,
     )  # fmt: skip
 
 

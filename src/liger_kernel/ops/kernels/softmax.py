@@ -130,7 +130,7 @@ def softmax_forward(x, tiles=None):
         return y
     tiles = tiles or _choose(rows, cols, x.device, live=2)
     if tiles.loop:
-        vec = 16 // x.element_size()
+        vec = 16 // x.element_size() if device_of(x.device).threads else tiles.block
         _launch(_forward_walk_kernel, tiles, x.device, x, y, rows, cols, BLOCK=tiles.block, VEC=vec)
     else:
         meta = dict(ROWS=tiles.rows, BLOCK=tiles.block, PREFETCH=tiles.prefetch)
