@@ -99,6 +99,55 @@ def world_size() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
+def per_token(
+    logps, live, advantages, ref=None, old=None, epsilon_low=0.2, epsilon_high=0.2, beta=0.04, loss_type="dapo",
+    importance_sampling_level="token", sapo_temperature_pos=1.0, sapo_temperature_neg=1.05, vllm_is_ratio=None,
+    delta=None, use_bias_correction_kl=False, gamma=(2.0, 3.0, 3.0, 2.0), phi=None,
+):  # fmt: skip
+    """(losses (n, T), 0 where not live; kl (n, T), None without beta; what is clipped (n, T), or (n, 1) by sequence,
+    None for a loss_type that does not clip). gamma: vespo's k and lambda of A >= 0, then of A < 0; phi: its weights.
+    """
+    dtype = logps.dtype
+    a = advantages[:, None] if advantages.dim() == 1 else advantages
+    old = logps.detach() if old is None else old.to(dtype)
+    log_ratio = (logps - old).where(live, 0.0)
+    if importance_sampling_level == "sequence":
+        log_ratio = log_ratio.sum(-1, keepdim=True) / live.sum(-1, keepdim=True).clamp(min=1)
+    ratio, counted = log_ratio.exp(), None
+    if loss_type in CLIPPED or loss_type == "cispo":
+        clipped, too_low, too_high = clip_coef_fn(ratio, epsilon_low, epsilon_high, loss_type)
+        counted = too_low & (a < 0) | too_high & (a > 0)
+    if loss_type == "cispo":
+        each = -clipped * a * logps
+    elif loss_type == "sapo":
+        each = -sapo_loss_fn(ratio, torch.where(a > 0, sapo_temperature_pos, sapo_temperature_neg)) * a
+    elif loss_type == "vespo":
+        each = -(get_gamma_weights(a, log_ratio, live, vllm_is_ratio, *gamma) if phi is None else phi) * a * logps
+    else:
+        capped = ratio if delta is None else ratio.clamp(max=delta)
+        each = -torch.minimum(capped * a, clipped * a)
+    if vllm_is_ratio is not None and loss_type != "vespo":
+        each = each * vllm_is_ratio
+    kl = None
+    if beta:
+        kl = k3_loss_fn(ref.to(dtype), logps).where(live, 0.0)
+        kl = kl * ratio if use_bias_correction_kl else kl
+        each = each + beta * kl
+    return each.where(live, 0.0), kl, counted
+
+
+def metrics_of(kl, clipped, live, importance_sampling_level):
+    """([mean kl,] share of clipped tokens, or of sequences)."""
+    tokens = live.sum().clamp(min=1)
+    if clipped is None:
+        share = torch.zeros((), device=live.device)
+    elif importance_sampling_level == "sequence":
+        share = clipped.float().mean()
+    else:
+        share = (clipped & live).sum() / tokens
+    return (share,) if kl is None else (kl.sum() / tokens, share)
+
+
 class LigerFusedLinearGRPOFunction(LigerFusedLinearPPOBase):
     """apply(_input, weight, selected_token_ids, attention_mask, advantages, ...) in the order of forward
     -> (loss, ([kl,] clip_ratio)).
@@ -123,44 +172,17 @@ class LigerFusedLinearGRPOFunction(LigerFusedLinearPPOBase):
         vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0, num_items_in_batch=None, token_weights=None,
     ):  # fmt: skip
         """-> (loss, ([kl,] clip_ratio)); token_weights (n, T): default those of the loss_type."""
-        logps, live = per_token_logps, attention_mask != 0
-        dtype, tokens = logps.dtype, live.sum().clamp(min=1)
-        a = advantages[:, None] if advantages.dim() == 1 else advantages
-        old = logps.detach() if old_per_token_logps is None else old_per_token_logps.to(dtype)
-        log_ratio = (logps - old).where(live, 0.0)
-        by_sequence = importance_sampling_level == "sequence"
-        if by_sequence:
-            log_ratio = log_ratio.sum(-1, keepdim=True) / live.sum(-1, keepdim=True).clamp(min=1)
-        ratio = log_ratio.exp()
-        clip_ratio = logps.new_zeros(())
-        if loss_type in CLIPPED or loss_type == "cispo":
-            clipped, too_low, too_high = clip_coef_fn(ratio, epsilon_low, epsilon_high, loss_type)
-            counted = too_low & (a < 0) | too_high & (a > 0)
-            clip_ratio = counted.to(dtype).mean() if by_sequence else (counted & live).sum() / tokens
-        if loss_type == "cispo":
-            each = -clipped * a * logps
-        elif loss_type == "sapo":
-            each = -sapo_loss_fn(ratio, torch.where(a > 0, sapo_temperature_pos, sapo_temperature_neg)) * a
-        elif loss_type == "vespo":
-            gamma = vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg
-            each = -get_gamma_weights(a, log_ratio, live, vllm_is_ratio, *gamma) * a * logps
-        else:
-            capped = ratio if delta is None else ratio.clamp(max=delta)
-            each = -torch.minimum(capped * a, clipped * a)
-        if vllm_is_ratio is not None and loss_type != "vespo":
-            each = each * vllm_is_ratio
-        metrics = ()
-        if beta:
-            kl = k3_loss_fn(ref_per_token_logps.to(dtype), logps).where(live, 0.0)
-            if use_bias_correction_kl:
-                kl = kl * ratio
-            each = each + beta * kl
-            metrics = (kl.sum() / tokens,)
+        dtype, live = per_token_logps.dtype, attention_mask != 0
+        each, kl, clipped = per_token(
+            per_token_logps, live, advantages, ref_per_token_logps, old_per_token_logps, epsilon_low, epsilon_high,
+            beta, loss_type, importance_sampling_level, sapo_temperature_pos, sapo_temperature_neg, vllm_is_ratio,
+            delta, use_bias_correction_kl, (vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg),
+        )  # fmt: skip
         if token_weights is None:
             token_weights = weigh(
                 attention_mask, full_attention_mask, dtype, loss_type, max_completion_length, num_items_in_batch
             )
-        return (each * token_weights).where(live, 0.0).sum(), (*metrics, clip_ratio)
+        return (each * token_weights).sum(), metrics_of(kl, clipped, live, importance_sampling_level)
 
     @classmethod
     def forward(
