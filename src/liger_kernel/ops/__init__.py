@@ -58,5 +58,6 @@ NOT_BUILT = (
     "LigerVocabParallelCEFunction",
 )  # fmt: skip
 
+PARTS = ("head_slabs", "weight_sum")  # pairs inside the head's engine
 _HOMES = {f"{__name__}.{module}": names for module, names in (EXPORTS | FORMS).items()}
 __all__, __getattr__ = lazy_names(__name__, _HOMES, NOT_BUILT)

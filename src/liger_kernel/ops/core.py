@@ -103,10 +103,10 @@ def _resolve_named(key: tuple[str, str, str]) -> bool:
 @backends.while_tracing
 def _resolve_all(device_type: str) -> bool:
     """Run while tracing, so that a traced program only reads the dicts that dispatch looks into."""
-    from liger_kernel.ops import EXPORTS
+    from liger_kernel.ops import EXPORTS, PARTS
 
     backends.device_of(torch.device(device_type))
-    for op in EXPORTS:
+    for op in (*EXPORTS, *PARTS):
         for kind in (device_type, _FP64):
             if (op, kind) not in _resolved:
                 _resolve(op, kind)
