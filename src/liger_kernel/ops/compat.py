@@ -162,6 +162,27 @@ def layer_norm_backward(dY, X, W, B, Mean, RSTD, needs_dw=None, needs_db=None):
     return kernels("layer_norm", X).backward(dY.contiguous(), X, W, B, Mean, RSTD, wanted, wanted_b)
 
 
+# group_norm
+
+
+def group_norm_forward(X, num_channels, num_groups, W, B, eps):
+    """-> (Y, X, Mean, RSTD, BLOCK_SIZE)."""
+    from liger_kernel.ops.group_norm import check
+
+    check(X, W, B, num_channels, num_groups)
+    X = X.contiguous()
+    y, mean, rstd = kernels("group_norm", X).forward(X, W, B, num_groups, eps)
+    return y, X, mean, rstd, None
+
+
+def group_norm_backward(dY, X, W, B, Mean, RSTD, num_channels, num_groups):
+    """-> (DX, DW, DB)."""
+    from liger_kernel.ops.group_norm import check
+
+    check(X, W, B, num_channels, num_groups)
+    return kernels("group_norm", X).backward(dY.contiguous(), X, W, Mean, RSTD, num_groups, True, True)
+
+
 # jsd
 
 

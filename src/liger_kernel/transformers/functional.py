@@ -19,6 +19,7 @@ __all__, __getattr__ = lazy_names(
         f"{_OPS}.fused_linear_scaled_cross_entropy": ("liger_fused_linear_logprobs",),
         f"{_OPS}.gated_rms_norm": ("liger_gated_rms_norm",),
         f"{_OPS}.geglu": ("liger_geglu",),
+        f"{_OPS}.group_norm": ("liger_group_norm",),
         f"{_OPS}.jsd": ("liger_jsd",),
         f"{_OPS}.kl_div": ("liger_kl_div",),
         f"{_OPS}.layer_norm": ("liger_layer_norm",),
@@ -31,7 +32,7 @@ __all__, __getattr__ = lazy_names(
     },
     not_built=(
         "liger_attn_res", "liger_dyt", "liger_fused_linear_kl_div",
-        "liger_fused_linear_scaled_cross_entropy_tp", "liger_fused_neighborhood_attention", "liger_group_norm",
+        "liger_fused_linear_scaled_cross_entropy_tp", "liger_fused_neighborhood_attention",
         "liger_mhc_apply", "liger_mhc_coeffs", "liger_mhc_forward",
         "liger_mhc_post_res", "liger_mhc_pre", "liger_modulated_rms_norm", "liger_multi_token_attention",
         "liger_poly_norm", "liger_sparsemax",
