@@ -6,13 +6,16 @@
 import dataclasses
 import inspect
 import json
+import logging
 import re
 import sys
 import time
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
 
 from liger_kernel.transformers import apply_liger_kernel, revert_liger_kernel
@@ -55,11 +58,10 @@ def measure(model_type: str) -> Entry:
             warnings.simplefilter("ignore")
             model = tiny.tiny(model_type)
             inputs = tiny.text(model)
-            wanted = run(model, inputs)
+            wanted, again = run(model, inputs), run(model, inputs)
     except Exception as problem:
-        entry.error = f"{type(problem).__name__}: {problem}".splitlines()[0][:120]
+        entry.error = " ".join(f"{type(problem).__name__}: {problem}".split())[:160]
         return entry
-    again = run(model, inputs)
     entry.deterministic = difference(again, wanted) == (0.0, 0.0)
     try:
         count(model, apply_liger_kernel(model), entry)
@@ -149,8 +151,79 @@ def rotations(model: nn.Module) -> set[str]:
     return names
 
 
-def main(types: list[str]) -> None:
-    for model_type in types:
+# The page
+
+
+def page(entries: list[Entry]) -> str:
+    """docs/models.md: totals, a row per type that runs, what was left and why, what was not run and why."""
+    ran = [e for e in entries if not e.error]
+    rows = [" | ".join(("", *cells(e), "")).strip() for e in ran]
+    parts = [HEAD.format(transformers=transformers.__version__, torch=torch.__version__.partition("+")[0])]
+    for name, types in (
+        ("causal language models", tiny.causal_types()),
+        ("multimodal models", tiny.multimodal_types()),
+    ):
+        parts.append(totals(name, [e for e in ran if e.model_type in types], len(types)))
+    parts += [TABLE, *rows, "", "## Left alone", "", *reasons({e.model_type: e.left for e in ran})]
+    parts += ["", "## Not run", "", "The tiny model could not be built or takes other inputs than text.", ""]
+    parts += reasons({e.model_type: [e.error] for e in entries if e.error})
+    return "\n".join(parts) + "\n"
+
+
+HEAD = """# Models
+
+Every type of transformers {transformers} with a causal or a multimodal language model, tiny and random, on a CPU with
+torch {torch}: what `apply_liger_kernel(model)` patches, and that the patched model computes the same. `make models`
+writes this page. A cell is what is patched of what there is. Loss and gradient are the largest differences from the
+unpatched model in fp32, relative to the loss and to the model's largest gradient; bf16 compares the logits bit for
+bit, with everything but the head patched. Multimodal models are given text, except where they need an image.
+"""
+TABLE = """## By type
+
+| type | norms | gated MLPs | rope | experts | head | loss | gradient | bf16 |
+| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | --- |"""
+
+
+def cells(e: Entry) -> list[str]:
+    counts = [f"{done}/{there}" if there else "" for done, there in (e.norms, e.mlps, e.ropes, e.experts)]
+    head = "left" if e.head.startswith("left") else e.head.partition(" ")[2]
+    return [e.model_type, *counts, head, f"{e.loss:.0e}", f"{e.gradient:.0e}", e.bits]
+
+
+def totals(name: str, entries: list[Entry], types: int) -> str:
+    norms, there = (sum(e.norms[i] for e in entries) for i in (0, 1))
+    lines = [f"**{len(entries)} of {types} {name}**: {norms} of {there} norms;"]
+    for kind, what in (("mlps", "gated MLPs"), ("ropes", "rotary functions"), ("experts", "experts")):
+        some = [getattr(e, kind) for e in entries if getattr(e, kind)[1]]
+        lines.append(f"{what} in {sum(done > 0 for done, _ in some)} of {len(some)} types that have them;")
+    heads = sum(not e.head.startswith("left") for e in entries)
+    same = sum(e.bits == "same" for e in entries)
+    equal = sum(e.equal for e in entries)
+    lines.append(f"the head in {heads}; loss and every gradient equal in {equal}; bf16 logits bit-identical in {same}.")
+    return " ".join(lines) + "\n"
+
+
+def reasons(by_type: dict[str, list[str]]) -> list[str]:
+    """A line per reason, with the types it holds for."""
+    types: dict[str, list[str]] = {}
+    for model_type, given in by_type.items():
+        for reason in given:
+            types.setdefault(reason, []).append(model_type)
+    return [f"- {reason.replace('|', '/')}: {', '.join(some)}" for reason, some in sorted(types.items())]
+
+
+def main(arguments: list[str]) -> None:
+    """TYPE...: print their entries as JSON. --write PATH: measure every type and write the page."""
+    logging.disable(logging.WARNING)
+    if arguments[:1] == ["--write"]:
+        types = sorted({*tiny.causal_types(), *tiny.multimodal_types()} - tiny.TOO_LARGE)
+        entries = []
+        for model_type in types:
+            print(model_type, flush=True)
+            entries.append(measure(model_type))
+        Path(arguments[1]).write_text(page(entries))
+        return
+    for model_type in arguments:
         print(json.dumps(dataclasses.asdict(measure(model_type))), flush=True)
 
 
