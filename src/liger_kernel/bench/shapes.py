@@ -99,6 +99,9 @@ CALLS: dict[str, Callable[[Draw, Model], Case]] = {
     "fused_linear_cross_entropy": lambda d, m: Case(
         (d(m.rows, m.hidden), d.head(m.vocabulary, m.hidden), None), {"target": d.labels(m.rows, m.vocabulary)}
     ),
+    "fused_linear_scaled_cross_entropy": lambda d, m: Case(
+        (d(m.rows, m.hidden), d.head(m.vocabulary, m.hidden), None), {"target": d.labels(m.rows, m.vocabulary)}
+    ),
 }
 
 

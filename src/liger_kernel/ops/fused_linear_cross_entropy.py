@@ -5,7 +5,7 @@
 Shapes    hidden: (..., H); weight: (V, H); bias: (V,); target: (...) integers; the loss: 0-d, or like target.
 Numerics  see liger_kernel.ops.head; the loss is fp32 (fp64 for fp64 hidden).
 Memory    mean and sum: dhidden and dweight, formed in the forward (6 T H V flops). none, and fp16: nothing but the
-          inputs and two numbers a row; the backward computes the logits again (8 T H V), see head_slabs.
+          inputs and three numbers a row; the backward computes the logits again (8 T H V), see head_slabs.
 Needs     all tensors on one device.
 """
 
@@ -20,6 +20,7 @@ from liger_kernel.ops import cross_entropy, head
 from liger_kernel.ops.core import Case, Contract, Kernels, kernels
 from liger_kernel.ops.cross_entropy import CrossEntropyOutput
 from liger_kernel.ops.row_loss import (
+    RECOMPUTED,
     REDUCTIONS,
     GradAware,
     RowLoss,
@@ -132,7 +133,7 @@ def fused_linear_cross_entropy_forward(
             )
             return None, None, None, None, *grads
         fields = wanted(return_z_loss, return_token_accuracy, return_predicted_tokens, options.return_entropy)
-        fields += ("lse", "nll") * (options.stats is not None)
+        fields += RECOMPUTED * (options.stats is not None)
         stats, *grads = kernels(NAME, _input).forward(
             _input, weight, bias, given, loss, fields=fields, needs=needs, **sizes
         )
@@ -195,8 +196,8 @@ class LigerFusedLinearCrossEntropyFunction(GradAware):
         if ctx.early:
             ctx.grads = made[4:-1] if options.return_entropy else made[4:]
         elif grown:
-            lse, nll = kept[0].lse, kept[0].nll
-            ctx.save_for_backward(hidden, weight, labels, bias, ce_weight, lse, nll, low_inputs, low_weight)
+            rows = (getattr(kept[0], field) for field in RECOMPUTED)
+            ctx.save_for_backward(hidden, weight, labels, bias, ce_weight, low_inputs, low_weight, *rows)
             constants["options"] = dataclasses.replace(options, return_entropy=False, stats=None)
             ctx.constants = constants
         loss, z_loss, accuracy, predicted = made[:4]
@@ -218,9 +219,9 @@ class LigerFusedLinearCrossEntropyFunction(GradAware):
             grads, ctx.grads = ctx.grads, None
             d_input, d_weight, d_bias, *low = fused_linear_cross_entropy_backward(d_loss, *grads)
         else:
-            hidden, weight, labels, bias, ce_weight, lse, nll, *low = ctx.saved_tensors
+            hidden, weight, labels, bias, ce_weight, *low, nll, top, log_sum = ctx.saved_tensors
             tokens = d_loss.reshape(-1).expand(labels.shape[0]).contiguous()
-            known = dataclasses.replace(ctx.constants["options"], stats=[Stats(nll, lse=lse, nll=nll)])
+            known = dataclasses.replace(ctx.constants["options"], stats=[Stats(nll, nll=nll, top=top, log_sum=log_sum)])
             d_input, d_weight, d_bias, *low = fused_linear_cross_entropy_forward(
                 hidden, weight, labels, ce_weight, bias, token_grad_output=tokens, compute_gradients=True,
                 weight_requires_grad=known.needs[1],

@@ -6,7 +6,7 @@
 
 Shapes    hidden: (..., H); weight: (V, H); bias: (V,); target: (...) integers; every output like target.
 Numerics  see liger_kernel.ops.head; outputs are fp32 (fp64 for fp64 hidden), 0 where the target is ignored.
-Memory    keeps the inputs and three numbers a token; the backward computes the logits again (8 T H V flops together),
+Memory    keeps the inputs and four numbers a token; the backward computes the logits again (8 T H V flops together),
           see head_slabs.
 Needs     all tensors on one device.
 """
@@ -20,7 +20,7 @@ import torch
 
 from liger_kernel.ops import fused_linear_cross_entropy, head
 from liger_kernel.ops.core import Case, Contract, kernels
-from liger_kernel.ops.row_loss import GradAware, RowLoss, Stats, check_target, logits_of, prepare
+from liger_kernel.ops.row_loss import RECOMPUTED, GradAware, RowLoss, Stats, check_target, logits_of, prepare
 
 NAME = "fused_linear_scaled_cross_entropy"
 TORCH = fused_linear_cross_entropy.TORCH
@@ -56,11 +56,18 @@ def reference(hidden, weight, bias=None, target=None, temperature=1.0, logit_sca
 
 
 def logprobs_forward(hidden, weight, target, bias, loss, fields, dtype, workspace_bytes) -> Stats:
-    """The Stats of rows of hidden (T, H); its loss is the negative log-probability."""
+    """The Stats of rows of hidden (T, H), with RECOMPUTED; its loss is the negative log-probability."""
     with torch.no_grad():
         given = prepare(target, loss, hidden, reduction="none")
         return kernels(NAME, hidden).forward(
-            hidden, weight, bias, given, loss, fields=fields, dtype=dtype, workspace_bytes=workspace_bytes
+            hidden,
+            weight,
+            bias,
+            given,
+            loss,
+            fields=(*fields, *RECOMPUTED),
+            dtype=dtype,
+            workspace_bytes=workspace_bytes,
         )[0]
 
 
@@ -88,7 +95,7 @@ class LigerFusedLinearLogprobsFunction(GradAware):
     def forward(ctx, hidden, weight, target, bias, loss, fields, workspace_bytes):
         dtype = head.product_dtype(hidden)
         stats = logprobs_forward(hidden, weight, target, bias, loss, fields, dtype, workspace_bytes)
-        ctx.save_for_backward(hidden, weight, target, bias, stats.loss, stats.lse, stats.entropy)
+        ctx.save_for_backward(hidden, weight, target, bias, *(getattr(stats, f) for f in RECOMPUTED), stats.entropy)
         ctx.options = loss, dtype, workspace_bytes
         ctx.set_materialize_grads(False)
         if stats.predicted is not None:
@@ -97,12 +104,12 @@ class LigerFusedLinearLogprobsFunction(GradAware):
 
     @staticmethod
     def backward(ctx, d_log_prob, d_lse, d_entropy, _):
-        hidden, weight, target, bias, nll, lse, entropy = ctx.saved_tensors
+        hidden, weight, target, bias, nll, top, log_sum, entropy = ctx.saved_tensors
         loss, dtype, workspace_bytes = ctx.options
         needs = (*ctx.needs_input_grad[:2], ctx.needs_input_grad[3])
+        stats = Stats(nll, nll=nll, top=top, log_sum=log_sum, entropy=entropy)
         d_hidden, d_weight, d_bias = logprobs_backward(
-            (d_log_prob, d_lse, d_entropy), hidden, weight, target, bias, Stats(nll, lse=lse, nll=nll, entropy=entropy),
-            loss, needs, dtype, workspace_bytes,
+            (d_log_prob, d_lse, d_entropy), hidden, weight, target, bias, stats, loss, needs, dtype, workspace_bytes,
         )  # fmt: skip
         return d_hidden, d_weight, None, d_bias, None, None, None
 

@@ -11,7 +11,7 @@ from liger_kernel.ops import fused_linear_cross_entropy as room
 from liger_kernel.ops import fused_linear_scaled_cross_entropy as logprobs
 from liger_kernel.ops import head
 from liger_kernel.ops.core import wide
-from liger_kernel.ops.row_loss import RowLoss, Stats, is_early
+from liger_kernel.ops.row_loss import RECOMPUTED, RowLoss, Stats, is_early
 
 Maybe = torch.Tensor | None
 
@@ -95,7 +95,7 @@ def forward_op(
     vocab: list[int] | None,
 ) -> list[torch.Tensor]:  # fmt: skip
     """-> loss, z_loss, token_accuracy, predicted_tokens, entropy, the five gradients where they are known already, else
-    what the backward needs of each row, lse and nll."""
+    what the backward needs of each row, RECOMPUTED."""
     early = [n and is_early(reduction, dtype) for n in needs]
     stats: list[Stats] = []
     results = run(
@@ -103,7 +103,7 @@ def forward_op(
         ignore_index, numbers, reduction, softcap, accum_dtype, token_scaling, asked, early, dtype, workspace_bytes,
         vocab, None if early == needs else stats,
     )  # fmt: skip
-    kept = (stats[0].lse, stats[0].nll) if stats else (None, None)
+    kept = [getattr(stats[0], f) if stats else None for f in RECOMPUTED]
     return [filled(r, hidden) for r in (*results, *kept)]
 
 
@@ -121,30 +121,30 @@ def _(hidden, weight, target, bias, ce_weight, token_weight, normalizer, low_inp
         hidden.new_empty(target.shape, dtype=wide(dtype)) if asked[3] else None,
         *(torch.empty_like(t, memory_format=torch.contiguous_format) if e else None
           for t, e in zip((hidden, weight, bias, low_inputs, low_weight), early)),
-        *((None, None) if early == needs else (hidden.new_empty(target.shape, dtype=wide(dtype)) for _ in range(2))),
+        *(None if early == needs else hidden.new_empty(target.shape, dtype=wide(dtype)) for _ in RECOMPUTED),
     ]  # fmt: skip
     return [filled(o, hidden) for o in outputs]
 
 
 @torch.library.custom_op("liger_kernel::fused_linear_cross_entropy_backward", mutates_args=())
 def backward_op(
-    d_loss: torch.Tensor, lse: torch.Tensor, nll: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor,
-    target: torch.Tensor, bias: Maybe, ce_weight: Maybe, token_weight: Maybe, normalizer: Maybe, low_inputs: Maybe,
-    low_weight: Maybe, scale: Maybe, temperature: Maybe, ignore_index: int, numbers: list[float], reduction: str,
-    softcap: float | None, accum_dtype: torch.dtype | None, token_scaling: bool, needs: list[bool],
+    d_loss: torch.Tensor, nll: torch.Tensor, top: torch.Tensor, log_sum: torch.Tensor, hidden: torch.Tensor,
+    weight: torch.Tensor, target: torch.Tensor, bias: Maybe, ce_weight: Maybe, token_weight: Maybe, normalizer: Maybe,
+    low_inputs: Maybe, low_weight: Maybe, scale: Maybe, temperature: Maybe, ignore_index: int, numbers: list[float],
+    reduction: str, softcap: float | None, accum_dtype: torch.dtype | None, token_scaling: bool, needs: list[bool],
     dtype: torch.dtype, workspace_bytes: int | None, vocab: list[int] | None,
 ) -> list[torch.Tensor]:  # fmt: skip
     """The gradients, recomputed for d_loss (T,)."""
     results = run(
         hidden, weight, target, bias, ce_weight, token_weight, normalizer, low_inputs, low_weight, scale, temperature,
         ignore_index, numbers, reduction, softcap, accum_dtype, token_scaling, [False] * 4, needs, dtype,
-        workspace_bytes, vocab, [Stats(nll, lse=lse, nll=nll)], d_loss,
+        workspace_bytes, vocab, [Stats(nll, nll=nll, top=top, log_sum=log_sum)], d_loss,
     )  # fmt: skip
     return [filled(r, hidden) for r in results[5:]]
 
 
 @backward_op.register_fake
-def _(d_loss, lse, nll, hidden, weight, target, bias, *options):
+def _(d_loss, nll, top, log_sum, hidden, weight, target, bias, *options):
     needs, low = options[-4], options[3:5]
     return [
         torch.empty_like(t, memory_format=torch.contiguous_format) if n else hidden.new_empty(0)
@@ -190,7 +190,7 @@ def traced_logprobs(hidden, weight, target, bias, loss, fields, workspace_bytes)
     grown = torch.is_grad_enabled()
     needs = [grown and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     asked = ["entropy" in fields, "predicted" in fields]
-    log_prob, lse, entropy, predicted = logprobs_op(
+    log_prob, lse, entropy, predicted, *_ = logprobs_op(
         hidden, weight, target, bias, on_device(loss.scale, hidden), on_device(loss.temperature, hidden),
         loss.ignore_index, loss.softcap, asked, needs, head.product_dtype(hidden), workspace_bytes,
     )  # fmt: skip
@@ -203,30 +203,34 @@ def logprobs_op(
     temperature: Maybe, ignore_index: int, softcap: float | None, asked: list[bool], needs: list[bool],
     dtype: torch.dtype, workspace_bytes: int | None,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """-> log_prob, lse, entropy, predicted."""
+    """-> log_prob, lse, entropy, predicted and, for the backward, top and log_sum."""
     fields = ("lse",) + ("entropy",) * asked[0] + ("predicted",) * asked[1]
     loss = RowLoss(ignore_index, softcap=softcap, scale=or_1(scale), temperature=or_1(temperature))
     stats = logprobs.logprobs_forward(hidden, weight, target, bias, loss, fields, dtype, workspace_bytes)
-    return [-stats.loss, filled(stats.lse, hidden), filled(stats.entropy, hidden), filled(stats.predicted, hidden)]
+    optional = stats.lse, stats.entropy, stats.predicted, stats.top, stats.log_sum
+    return [-stats.loss, *(filled(o, hidden) for o in optional)]
 
 
 @logprobs_op.register_fake
 def _(hidden, weight, target, bias, scale, temperature, ignore_index, softcap, asked, needs, dtype, workspace_bytes):
     outputs = [hidden.new_empty(target.shape, dtype=wide(dtype)) for _ in range(2 + asked[0])]
     outputs += [hidden.new_empty(0)] * (not asked[0])
-    return [*outputs, target.new_empty(target.shape, dtype=torch.int64) if asked[1] else hidden.new_empty(0)]
+    outputs.append(target.new_empty(target.shape, dtype=torch.int64) if asked[1] else hidden.new_empty(0))
+    return [*outputs, *(hidden.new_empty(target.shape, dtype=wide(dtype)) for _ in range(2))]
 
 
 @torch.library.custom_op("liger_kernel::fused_linear_logprobs_backward", mutates_args=())
 def logprobs_backward_op(
-    d_log_prob: Maybe, d_lse: Maybe, d_entropy: Maybe, log_prob: torch.Tensor, lse: torch.Tensor, entropy: Maybe,
-    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: Maybe, scale: Maybe, temperature: Maybe,
-    ignore_index: int, softcap: float | None, needs: list[bool], dtype: torch.dtype, workspace_bytes: int | None,
+    d_log_prob: Maybe, d_lse: Maybe, d_entropy: Maybe, log_prob: torch.Tensor, top: torch.Tensor,
+    log_sum: torch.Tensor, entropy: Maybe, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor,
+    bias: Maybe, scale: Maybe, temperature: Maybe, ignore_index: int, softcap: float | None, needs: list[bool],
+    dtype: torch.dtype, workspace_bytes: int | None,
 ) -> list[torch.Tensor]:  # fmt: skip
     """The gradients of (hidden, weight, bias)."""
     nll = -log_prob
     made = logprobs.logprobs_backward(
-        (d_log_prob, d_lse, d_entropy), hidden, weight, target, bias, Stats(nll, lse=lse, nll=nll, entropy=entropy),
+        (d_log_prob, d_lse, d_entropy), hidden, weight, target, bias,
+        Stats(nll, nll=nll, top=top, log_sum=log_sum, entropy=entropy),
         RowLoss(ignore_index, softcap=softcap, scale=or_1(scale), temperature=or_1(temperature)), tuple(needs), dtype,
         workspace_bytes,
     )  # fmt: skip
@@ -234,7 +238,7 @@ def logprobs_backward_op(
 
 
 @logprobs_backward_op.register_fake
-def _(d_log_prob, d_lse, d_entropy, log_prob, lse, entropy, hidden, weight, target, bias, *options):
+def _(d_log_prob, d_lse, d_entropy, log_prob, top, log_sum, entropy, hidden, weight, target, bias, *options):
     needs = options[4]
     return [
         torch.empty_like(t, memory_format=torch.contiguous_format) if n else hidden.new_empty(0)
@@ -245,7 +249,7 @@ def _(d_log_prob, d_lse, d_entropy, log_prob, lse, entropy, hidden, weight, targ
 def _logprobs_setup(ctx, inputs, output):
     ctx.constants, ctx.asked, ctx.needs = (*inputs[6:8], *inputs[9:]), inputs[8], inputs[9]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[:2], output[2] if ctx.asked[0] else None, *inputs[:6])
+    ctx.save_for_backward(output[0], *output[4:], output[2] if ctx.asked[0] else None, *inputs[:6])
 
 
 def _logprobs_backward(ctx, grads):

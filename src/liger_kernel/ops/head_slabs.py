@@ -1,14 +1,15 @@
 """Gradients of a language model's head from what its forward kept of each row, a range of classes at a time.
 
-    p = exp(z - lse);  a = (1 - eps) w_y f / N;  s = eps f / (V N);  d_p = d_lse + 2 c f / T lse + s sum(w)
+    p = exp((z - top) - log_sum);  a = (1 - eps) w_y f / N;  s = eps f / (V N);  d_p = d_lse + 2 c f / T lse + s sum(w)
     dz_j = p_j (d_p + a - d_entropy (entropy + z_j - lse)) - s w_j
     dz_y = p_y d_p - a (1 - p_y) - d_entropy p_y (entropy - nll) - s w_y           1 - p_y = 1 - exp(-nll)
     for each slab of classes:  x = h W_s^T + b_s;  x <- dz;  dW_s = x^T h;  dh += x W_s;  db_s = sum of x
 
 Symbols as in liger_kernel.ops.cross_entropy.
 
-Shapes    hidden: (T, H); weight: (V, H); the Stats: lse, nll, with d_entropy also entropy; a slab: (T, classes).
-Numerics  see liger_kernel.ops.head; dh is summed in fp32, each row of dW is one product.
+Shapes    hidden: (T, H); weight: (V, H); the Stats: RECOMPUTED, with d_entropy also entropy; a slab: (T, classes).
+Numerics  see liger_kernel.ops.head; dh is summed in fp32, each row of dW is one product. lse is not used: where all
+          logits are large it has lost the digits of p.
 Memory    one slab, dW, dh; with several slabs dh in fp32 until the last. Nothing of V H in fp32.
 Flops     6 T H V.
 """
@@ -121,16 +122,16 @@ def _rows(x, given, loss, stats, first, n_classes):
     inside = (given.target >= 0) & (given.target < n_classes)
     here = (given.target >= first) & (given.target < first + x.shape[1]) & live
     at_y = (given.target - first).where(here, 0)[:, None]
-    z, lse, nll = logits_of(x, loss), stats.lse, stats.nll
+    z, nll = logits_of(x, loss), stats.nll
     slope = None if loss.softcap is None else 1 - (z * (loss.temperature / loss.softcap)).square_()
     keep, class_sum, f_ce, f_z = factors(given, loss, nll, live, given.target.where(inside, 0), n_classes)
     a, share = f_ce * keep, f_ce * (loss.label_smoothing / n_classes)
-    d_p = f_z * (2.0 * loss.lse_square_scale) * lse + share * class_sum
+    d_p = f_z * (2.0 * loss.lse_square_scale) * (stats.top + stats.log_sum) + share * class_sum
     if given.d_lse is not None:
         d_p = d_p + given.d_lse
     p_y = (-nll).exp()
     d_y, d_all = p_y * d_p + a * torch.expm1(-nll), d_p + a
-    shifted = z.sub_(lse[:, None]) if z is not x else z - lse[:, None]
+    shifted = (z.sub_(stats.top[:, None]) if z is not x else z - stats.top[:, None]).sub_(stats.log_sum[:, None])
     if given.d_entropy is not None:
         d_y = d_y - given.d_entropy * p_y * (stats.entropy - nll)
         d_all = d_all - given.d_entropy * stats.entropy

@@ -73,7 +73,10 @@ class Stats:
     loss: torch.Tensor
     z_loss: torch.Tensor | None = None
     lse: torch.Tensor | None = None
+    # What the gradient of recomputed logits needs: z - lse is (z - top) - log_sum, exact where all logits are large.
     nll: torch.Tensor | None = None
+    top: torch.Tensor | None = None  # the largest logit
+    log_sum: torch.Tensor | None = None  # lse - top
     entropy: torch.Tensor | None = None
     predicted: torch.Tensor | None = None  # int64
     mean: torch.Tensor | None = None  # of the logits
@@ -94,7 +97,8 @@ class Stats:
         return dataclasses.replace(self, **wide)
 
 
-FIELDS = ("loss", "z_loss", "lse", "nll", "entropy", "predicted", "mean")
+RECOMPUTED = ("nll", "top", "log_sum")
+FIELDS = ("loss", "z_loss", "lse", "nll", "top", "log_sum", "entropy", "predicted", "mean")
 
 
 def empty_stats(n_rows: int, device: torch.device, dtype: torch.dtype, wanted) -> Stats:
@@ -171,8 +175,9 @@ def _rows(x, given, loss, out, dx):
         value = value + f_z * z_loss
     out.loss.copy_(value.where(inside, float("nan")).where(live, 0.0))
     entropy = log_total - moment / total if entropic else None
-    for room_of, value in ((out.z_loss, f_z * z_loss), (out.lse, lse), (out.nll, nll), (out.entropy, entropy)):
-        if room_of is not None:
+    z_loss, top = f_z * z_loss, top.squeeze(1)
+    for field, value in zip(FIELDS[1:7], (z_loss, lse, nll, top, log_total, entropy), strict=True):
+        if (room_of := getattr(out, field)) is not None:
             room_of.copy_(value.where(live, 0.0))
     if dx is None:
         return

@@ -58,8 +58,8 @@ def _log1p(x):
 
 @triton.jit(do_not_specialize=["R"])
 def liger_cross_entropy_kernel(
-    X, dX, Target, W, Wsum, Norm, Factor, dLse, dEntropy, Scales, Loss, Zloss, Lse, Nll, Entropy, Predicted, Mean,
-    R, V, x_stride, d_stride,
+    X, dX, Target, W, Wsum, Norm, Factor, dLse, dEntropy, Scales, Loss, Zloss, Lse, Nll, Top,
+    LogSum, Entropy, Predicted, Mean, R, V, x_stride, d_stride,
     IGNORE: tl.constexpr, SMOOTHING: tl.constexpr, Z_SCALE: tl.constexpr, CAPPED: tl.constexpr,
     TOKEN_SCALING: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -151,6 +151,10 @@ def liger_cross_entropy_kernel(
             tl.store(Lse + row, tl.where(live, lse, 0.0))
         if Nll is not None:
             tl.store(Nll + row, tl.where(live, nll, 0.0))
+        if Top is not None:
+            tl.store(Top + row, tl.where(live, most, 0.0))
+        if LogSum is not None:
+            tl.store(LogSum + row, tl.where(live, log_whole, 0.0))
         if ENTROPIC:
             away = tl.sum(shrink * (moment + total * (top - most)), axis=0) + e_y * (z_y - most)
             entropy = log_whole - away / whole
@@ -274,7 +278,8 @@ def cross_entropy_forward(x, given, loss, out, dx, config: Config | None = None)
         liger_cross_entropy_kernel, programs, x.device,
         x, dx, given.target, given.weight, given.weight_sum if given.weight is not None else None, given.norm,
         given.factor, given.d_lse, given.d_entropy, scales_of(loss, x.device), out.loss, out.z_loss, out.lse, out.nll,
-        out.entropy, out.predicted, out.mean, n_rows, n_classes, x.stride(0), dx.stride(0) if dx is not None else 0,
+        out.top, out.log_sum, out.entropy, out.predicted, out.mean, n_rows, n_classes, x.stride(0),
+        dx.stride(0) if dx is not None else 0,
         IGNORE=loss.ignore_index, SMOOTHING=float(loss.label_smoothing), Z_SCALE=float(loss.lse_square_scale),
         CAPPED=loss.softcap is not None, TOKEN_SCALING=bool(loss.token_scaling), LANES=config.lanes, VEC=config.vec,
         REVERSE=config.reverse, num_warps=config.num_warps,

@@ -11,7 +11,7 @@ import triton.language as tl
 from liger_kernel.backends import device_of
 from liger_kernel.ops.core import Kernels
 from liger_kernel.ops.head_slabs import gradients
-from liger_kernel.ops.kernels.blocks import cdiv, int64, launch, power_of_2_from, programs_for
+from liger_kernel.ops.kernels.blocks import cdiv, in_units, int64, launch, power_of_2_from, programs_for
 from liger_kernel.ops.kernels.cross_entropy import chain, logit, scales_of
 
 # Kernels: Capital = memory, lower case = registers, ALL_CAPS = compile time.
@@ -24,26 +24,29 @@ def _minus_expm1(x):
     return tl.where(x < 0.3, near, 1.0 - tl.exp(-x))
 
 
-@triton.jit(do_not_specialize=["R", "n_first"])
+@triton.jit(do_not_specialize=["R", "n_cols", "n_first", "x_stride"])
 def _slab_kernel(
-    X, Target, W, Wsum, Norm, Factor, dLse, dEntropy, Scales, Lse, Nll, Entropy, R, N, V, n_first, x_stride,
+    X, Target, W, Wsum, Norm, Factor, dLse, dEntropy, Scales, Nll, Top, LogSum, Entropy, R, n_cols, V, n_first,
+    x_stride,
     IGNORE: tl.constexpr, SMOOTHING: tl.constexpr, Z_SCALE: tl.constexpr, CAPPED: tl.constexpr,
-    TOKEN_SCALING: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    TOKEN_SCALING: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """X (R, N), the classes from n_first on of V, becomes its gradient; a row per turn."""
+    """X (R, N), the classes from n_first on of V, becomes its gradient; a row per turn. Sizes come in UNITs."""
+    N = n_cols * UNIT
     lane = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
     inner, outer = 1.0, 1.0
     if Scales is not None:
         inner = tl.load(Scales)
         outer = tl.load(Scales + 1)
     for row in range(tl.program_id(0), R, tl.num_programs(0)):
-        base = int64(row) * x_stride
+        base = int64(row) * x_stride * UNIT
         label = tl.load(Target + row)
         live = label != IGNORE
         inside = (label >= 0) & (label < V)
         at_y = tl.where(inside, label, 0).to(tl.int32)
-        lse = tl.load(Lse + row)
         nll = tl.load(Nll + row)
+        top = tl.load(Top + row)
+        log_sum = tl.load(LogSum + row)
         keep = 1.0 - SMOOTHING
         spread = V * 1.0
         if W is not None:
@@ -60,7 +63,7 @@ def _slab_kernel(
             f_z *= tl.load(Norm + 1)
         d_lse = 0.0
         if Z_SCALE != 0.0:
-            d_lse += f_z * (2.0 * Z_SCALE) * lse
+            d_lse += f_z * (2.0 * Z_SCALE) * (top + log_sum)
         share = 0.0
         if SMOOTHING != 0.0:
             share = f_ce * (SMOOTHING / V)
@@ -87,14 +90,15 @@ def _slab_kernel(
             mask = cols < N
             x = tl.load(X + base + cols, mask=cols < n_read, other=0.0)
             z = logit(x, inner, outer, Scales, CAPPED)
-            p = tl.exp(z - lse)
+            log_p = (z - top) - log_sum
+            p = tl.exp(log_p)
             if dEntropy is not None:
-                dz = p * d_all - tl.where(p > 0.0, p * (z - lse), 0.0) * d_entropy  # 0 * -inf of a masked class
+                dz = p * d_all - tl.where(p > 0.0, p * log_p, 0.0) * d_entropy  # 0 * -inf of a masked class
             else:
                 dz = p * d_all
             if SMOOTHING != 0.0:
                 if W is not None:
-                    dz -= share * tl.load(W + n_first + cols, mask=mask, other=0.0)
+                    dz -= share * tl.load(W + n_first + cols, mask=mask & (n_first + cols < V), other=0.0)
                 else:
                     dz -= share
             dz = tl.where(inside & (cols + n_first == at_y), d_y, dz)
@@ -114,12 +118,12 @@ class Config:
     num_warps: int
 
     @classmethod
-    def choose(cls, n_cols: int, dtype: torch.dtype, device: torch.device) -> Config:
+    def choose(cls, n_classes: int, dtype: torch.dtype, device: torch.device) -> Config:
         backend = device_of(device)
         if not backend.threads:
             return cls(1, min(power_of_2_from(n_cols), backend.max_block(8)), 1)
         vec = 16 // dtype.itemsize  # one 16-byte load per lane
-        lanes = power_of_2_from(max(cdiv(n_cols, vec), 1))
+        lanes = power_of_2_from(max(cdiv(n_classes, vec), 1))
         num_warps = max(1, min(lanes // (2 * backend.warp_width), 8, backend.max_warps))
         return cls(min(lanes, 2 * num_warps * backend.warp_width), vec, num_warps)
 
@@ -129,15 +133,19 @@ def slab_gradient(x, given, loss, stats, first: int, n_classes: int, config: Con
     n_rows, width = x.shape
     if not n_rows:
         return
-    config = config or Config.choose(width, x.dtype, x.device)
+    config = config or Config.choose(n_classes, x.dtype, x.device)  # not by the slab, which varies with the rows
+    # Of a slab of head_slabs the room between its rows is walked too, so that its width is a number of units.
+    (stride, unit), n_cols = in_units(x.stride(0)), width
+    if unit > 1:
+        n_cols = cdiv(width, unit)
     launch(
         _slab_kernel, programs_for(n_rows, x.device), x.device,
         x, given.target, given.weight, given.weight_sum if given.weight is not None else None, given.norm,
-        given.factor, given.d_lse, given.d_entropy, scales_of(loss, x.device), stats.lse, stats.nll,
-        stats.entropy if given.d_entropy is not None else None, n_rows, width, n_classes, first, x.stride(0),
+        given.factor, given.d_lse, given.d_entropy, scales_of(loss, x.device), stats.nll, stats.top,
+        stats.log_sum, stats.entropy if given.d_entropy is not None else None, n_rows, n_cols, n_classes, first, stride,
         IGNORE=loss.ignore_index, SMOOTHING=float(loss.label_smoothing), Z_SCALE=float(loss.lse_square_scale),
         CAPPED=loss.softcap is not None, TOKEN_SCALING=bool(loss.token_scaling), LANES=config.lanes, VEC=config.vec,
-        num_warps=config.num_warps,
+        UNIT=unit, num_warps=config.num_warps,
     )  # fmt: skip
 
 

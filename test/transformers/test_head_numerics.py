@@ -1,0 +1,263 @@
+"""How exact the fused head is where it is hard, and what it may take: memory, the host's time, ignored rows."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from liger_kernel.ops import head, head_slabs
+from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
+from liger_kernel.transformers.functional import liger_fused_linear_logprobs as logprobs
+
+from support import assert_as_good_as_torch
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def outcome(call, x, weight, bias, target, dtype):
+    """Loss and gradients of a call, from leaves in dtype."""
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)]
+    loss = call(*leaves, target)
+    return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
+
+
+def plain(x, weight, bias, target, reduction="mean"):
+    logits = F.linear(x, weight, bias)
+    return F.cross_entropy(logits if logits.dtype is torch.float64 else logits.float(), target, reduction=reduction)
+
+
+def check(x, weight, bias, target, dtype, what, **options):
+    x, weight, bias = (t.to(dtype) for t in (x, weight, bias))  # what dtype cannot hold is not the op's error
+    truth = outcome(plain, x, weight, bias, target, torch.float64)
+    torchs = outcome(plain, x, weight, bias, target, dtype)
+    for reduction in ("mean", "none"):
+
+        def ours(x, weight, bias, target, reduction=reduction):
+            losses = fused(x, weight, target, bias, reduction=reduction, **options)
+            return losses if reduction == "mean" else losses.sum() / losses.numel()
+
+        found = outcome(ours, x, weight, bias, target, dtype)
+        assert_as_good_as_torch(found, torchs, truth, dtype, f"{what} {reduction}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", [0.5, 0.9, 0.99, 0.999, 0.99999])
+def test_a_label_of_high_probability(p, dtype, device):
+    classes = 11
+    logit = math.log(p * (classes - 1) / (1 - p))
+    target = torch.arange(6, device=device)
+    x = F.one_hot(target, classes).double() * logit
+    check(x, torch.eye(classes, device=device), torch.zeros(classes, device=device), target, dtype, f"p = {p}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [-1e4, -300.0, 0.0, 300.0, 1e4])
+def test_an_offset_common_to_all_logits(offset, dtype, device):
+    x, weight = torch.randn(7, 8, device=device), torch.randn(13, 8, device=device)
+    check(x, weight, torch.full((13,), offset, device=device), torch.arange(7, device=device), dtype, f"{offset}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, classes", [(4, 3), (1, 5), (1, 1), (3, 1)])
+def test_equal_logits_few_classes_and_one_row(rows, classes, dtype, device):
+    x, target = torch.randn(rows, 8, device=device), torch.arange(rows, device=device) % classes
+    row = torch.randn(1, 8, device=device)
+    for weight in (row.expand(classes, 8), torch.randn(classes, 8, device=device)):
+        check(x, weight, torch.zeros(classes, device=device), target, dtype, f"{rows} x {classes}", workspace_bytes=1)
+
+
+def test_a_vocabulary_of_262144(device):
+    x, weight = torch.randn(3, 4, device=device), torch.randn(262144, 4, device=device)
+    target = torch.tensor([0, 262143, 77], device=device)
+    check(x, weight, torch.zeros(262144, device=device), target, torch.float32, "V = 262144", workspace_bytes=1 << 21)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_recomputed_gradients_do_not_depend_on_the_slabs(dtype, device):
+    x, weight = torch.randn(48, 16, device=device), torch.randn(200, 16, device=device)
+    x, weight = (t.to(dtype).requires_grad_() for t in (x, weight))
+    target, upstream = torch.randint(0, 200, (48,), device=device), torch.randn(48, device=device)
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    losses = F.cross_entropy(F.linear(*wide), target, reduction="none")
+    truths = torch.autograd.grad(losses, wide, upstream.double())
+    errors = []
+    for classes in (16, 64, 112, 208):
+        budget = 48 * classes * dtype.itemsize
+        assert head_slabs.slab_classes(48, 200, dtype, device, budget) == min(classes, 200)
+        found = torch.autograd.grad(
+            fused(x, weight, target, reduction="none", workspace_bytes=budget), (x, weight), upstream
+        )
+        errors.append([((f.double() - t).norm() / t.norm()).item() for f, t in zip(found, truths)])
+    for of_one_gradient in zip(*errors):
+        assert max(of_one_gradient) < 1.2 * min(of_one_gradient), errors
+
+
+@pytest.mark.parametrize("rows", [1000, 1 << 14, 1 << 17, 1 << 20])
+@pytest.mark.parametrize("classes", [3, 32000, 50257, 262144])
+def test_chunks_and_slabs_fit_their_budget(rows, classes):
+    device = torch.device("cpu")
+    for budget in (1 << 24, 1 << 28, 1 << 32):
+        chunk = head.chunk_rows(rows, classes, torch.bfloat16, device, True, budget)
+        assert chunk * head.pitch(classes) * 2 <= budget
+        slab = head_slabs.slab_classes(rows, classes, torch.bfloat16, device, budget)
+        assert rows * head.pitch(slab) * 2 <= budget  # 0 classes where none fit: row chunks are taken then
+
+
+def masked(rows, classes, share, device):
+    target = torch.randint(0, classes, (rows,), device=device)
+    return target.masked_fill(torch.rand(rows, device=device) < share, -100)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_ignored_rows_change_no_gradient_whether_the_host_asks_or_not(reduction, monkeypatch, device):
+    monkeypatch.setattr(head, "WORTH_WAITING", 0)
+    x, weight = (torch.randn(*s, device=device, requires_grad=True) for s in ((64, 8), (40, 8)))
+    target, found = masked(64, 40, 0.75, device), []
+    products = []
+    project = head.project
+    for module in (head, head_slabs):
+        monkeypatch.setattr(module, "project", lambda h, *rest: products.append(h.shape[0]) or project(h, *rest))
+    for wait in ("1", "0"):
+        monkeypatch.setenv("LIGER_KERNEL_HOST_SYNC", wait)
+        loss = fused(x, weight, target, reduction=reduction)
+        found.append([loss.detach(), *torch.autograd.grad(loss.sum(), (x, weight))])
+    live = int((target != -100).sum())
+    assert products == ([live] * 2 + [64] * 2 if reduction == "none" else [live, 64])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not found[0][1][target == -100].any()
+
+
+# On a card
+
+
+@pytest.mark.gpu
+def test_peak_memory_stays_within_the_budget_at_any_length(device):
+    width, classes, budget = 256, 32000, 64 << 20
+    weight = torch.randn(classes, width, dtype=torch.bfloat16, device=device, requires_grad=True)
+    for rows in (1024, 16384, 262144):
+        x = torch.randn(rows, width, dtype=torch.bfloat16, device=device, requires_grad=True)
+        target = masked(rows, classes, 0.1, device)
+        for reduction in ("mean", "none"):
+            for _ in range(2):  # the first call compiles
+                torch.cuda.synchronize()
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                loss = fused(x, weight, target, reduction=reduction, workspace_bytes=budget)
+                grads = torch.autograd.grad(loss.sum(), (x, weight))
+                torch.cuda.synchronize()
+                peak = torch.cuda.max_memory_allocated() - before
+                del loss, grads
+            # besides a chunk: hidden without its ignored rows, gradients (twice that of hidden while its rows are put
+            # back), the fp32 sum of the smaller of them, and 64 bytes a row of labels, indices and statistics
+            small = min(rows, classes) if reduction == "none" else classes
+            beside = 2 * width * (3 * rows + classes) + 4 * width * small + 64 * rows + (8 << 20)
+            assert peak <= budget + beside, (rows, reduction, peak >> 20, (budget + beside) >> 20)
+
+
+@pytest.mark.gpu
+def test_logits_of_more_than_two_to_the_31_elements(device):
+    rows, width, classes = 20000, 64, 128256
+    x = torch.randn(rows, width, dtype=torch.bfloat16, device=device, requires_grad=True)
+    weight = (torch.randn(classes, width, device=device) / 8).bfloat16().requires_grad_()
+    target = masked(rows, classes, 0.1, device)
+    assert rows * classes > 2**31
+    for reduction in ("mean", "none"):
+        found = []
+        for budget in (1 << 40, 1 << 28):
+            loss = fused(x, weight, target, reduction=reduction, workspace_bytes=budget)
+            found.append([loss.detach(), *torch.autograd.grad(loss.mean(), (x, weight))])
+        for one, many in zip(*found, strict=True):
+            error = (one.double() - many.double()).norm() / many.double().norm()
+            assert error < 1e-2, (reduction, error)  # sums of bf16 products in another order, rounded to bf16
+
+
+def big_enough_to_ask(device):
+    x = torch.randn(512, 256, dtype=torch.bfloat16, device=device, requires_grad=True)
+    weight = torch.randn(4096, 256, dtype=torch.bfloat16, device=device, requires_grad=True)
+    return x, weight, masked(512, 4096, 0.5, device)
+
+
+STEPS = {
+    "mean": lambda x, w, y: fused(x, w, y, workspace_bytes=1 << 20),
+    "none": lambda x, w, y: fused(x, w, y, reduction="none", workspace_bytes=1 << 20).sum(),
+    "logprobs": lambda x, w, y: sum(
+        (o.log_prob + o.lse + o.entropy).sum() for o in [logprobs(x, w, y, return_entropy=True, temperature=0.7)]
+    ),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", STEPS)
+def test_the_host_never_waits_where_that_is_an_error_or_a_graph_is_captured(name, monkeypatch, device):
+    monkeypatch.setattr(head, "WORTH_WAITING", 0)
+    given = big_enough_to_ask(device)
+    leaves = given[:2]
+
+    def step():
+        return torch.autograd.grad(STEPS[name](*given), leaves)
+
+    asked = [g.clone() for g in step()]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        expected = [g.clone() for g in step()]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(asked, expected):
+        assert (a.double() - b.double()).norm() < 2e-2 * b.double().norm()  # other chunks, so other bf16 roundings
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        monkeypatch.setenv("LIGER_KERNEL_HOST_SYNC", "0")
+        step()
+        monkeypatch.delenv("LIGER_KERNEL_HOST_SYNC")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    graph.replay()
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_a_captured_temperature_may_change_between_replays(device):
+    x, weight, target = big_enough_to_ask(device)
+    temperature = torch.ones((), device=device)
+
+    def step():
+        return torch.autograd.grad(fused(x, weight, target, temperature=temperature), (x, weight))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    for value in (0.5, 2.0):
+        temperature.fill_(value)
+        graph.replay()
+        for a, b in zip(found, step(), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.gpu
+def test_two_hundred_lengths_compile_nothing_new(device):
+    from liger_kernel.ops.kernels import launch
+
+    weight = torch.randn(5000, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+
+    def step(rows):
+        x = torch.randn(rows, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+        for call in STEPS.values():
+            call(x, weight, masked(rows, 5000, 0.2, device)).backward()
+
+    step(96), step(1001)
+    before = len(launch._handles)
+    for rows in torch.randint(1, 3000, (200,)).tolist():
+        step(rows)
+    assert len(launch._handles) == before > 0
