@@ -30,8 +30,7 @@ SHAPES = ((4096, 4096, 128256), (8192, 4096, 128256), (16384, 2048, 128256), (16
           (16384, 4096, 32000))  # fmt: skip
 MODES = {"lean": torch.bfloat16, "default": None}
 CHUNK_ROWS = (1024, 2048, 4096)
-CONFIGS = [kernels.Config(warps * 32 * unroll, 8, warps, None, reverse)
-           for warps in (8, 16, 32) for unroll in (1, 2, 4) for reverse in (False, True)]  # fmt: skip
+CONFIGS = [kernels.Config(warps * 32 * unroll, 8, warps) for warps in (8, 16, 32) for unroll in (1, 2, 4)]  # fmt: skip
 
 
 def relative(ours, truth):

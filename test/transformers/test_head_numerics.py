@@ -104,6 +104,17 @@ def test_chunks_and_slabs_fit_their_budget(rows, classes):
         assert rows * head.pitch(slab) * 2 <= budget  # 0 classes where none fit: row chunks are taken then
 
 
+def test_a_default_chunk_on_a_gpu_is_full_tiles_or_everything():
+    device = torch.device("cuda")  # only named, none is needed
+    for rows, classes, width in ((8192, 128256, 4096), (16384, 151936, 1024), (16384, 32000, 4096)):
+        chunk = head.chunk_rows(rows, classes, torch.bfloat16, device, True, None, 2 * classes * width)
+        assert chunk % 512 == 0 and chunk * head.pitch(classes) * 2 <= 600 << 20
+    # no more than two chunks and the other half of an fp32 sum take
+    assert head.chunk_rows(4096, 128256, torch.bfloat16, device, True, None, 2 * 128256 * 4096) == 4096
+    assert head.chunk_rows(4096, 128256, torch.bfloat16, device, True) == 2048
+    assert head.chunk_rows(4096, 128256, torch.bfloat16, device, True, 1 << 29, 2 * 128256 * 4096) == 2048
+
+
 def masked(rows, classes, share, device):
     target = torch.randint(0, classes, (rows,), device=device)
     return target.masked_fill(torch.rand(rows, device=device) < share, -100)

@@ -101,11 +101,12 @@ def slab_classes(n_rows, n_classes, dtype, device, workspace_bytes=None) -> int:
     most = limit // (max(n_rows, 1) * dtype.itemsize)
     if most >= pitch(n_classes):
         return max(n_classes, 1)
-    most = most // 16 * 16
+    unit = 256 if most >= 4096 else 16  # full tiles of a GEMM
+    most = most // unit * unit
     if not most:
         return 0
-    share = pitch(-(-n_classes // -(-n_classes // most)))  # slabs of one size
-    return min(most, share)
+    share = -(-n_classes // -(-n_classes // most))  # slabs of one size
+    return min(most, -(-share // unit) * unit)
 
 
 # Torch pair

@@ -61,7 +61,7 @@ def liger_cross_entropy_kernel(
     X, dX, Target, W, Wsum, Norm, Factor, dLse, dEntropy, Scales, Loss, Zloss, Lse, Nll, Top,
     LogSum, Entropy, Predicted, Mean, R, V, x_stride, d_stride,
     IGNORE: tl.constexpr, SMOOTHING: tl.constexpr, Z_SCALE: tl.constexpr, CAPPED: tl.constexpr,
-    TOKEN_SCALING: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, REVERSE: tl.constexpr,
+    TOKEN_SCALING: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """A row per turn; LANES x VEC columns at once, the VEC neighbours of a lane in one thread."""
     LOW: tl.constexpr = -1e38  # finite, so that nothing becomes inf - inf before the first column
@@ -190,12 +190,8 @@ def liger_cross_entropy_kernel(
                     d_y -= share
             d_p = tl.where(inside, d_p, float("nan")) / whole
             d_base = int64(row) * d_stride
-            last = (V - 1) // (LANES * VEC) * (LANES * VEC)
             for start in range(0, V, LANES * VEC):
-                if REVERSE:
-                    cols = last - start + lane
-                else:
-                    cols = start + lane
+                cols = start + lane
                 mask = cols < V
                 x = tl.load(X + base + cols, mask=cols < n_read, other=0.0, eviction_policy="evict_first")
                 z = logit(x, inner, outer, Scales, CAPPED)
@@ -235,7 +231,6 @@ class Config:
     vec: int
     num_warps: int
     programs: int | None = None  # per core; None: a program per row
-    reverse: bool = False  # the second pass from the end of the row, which is the newest in the cache
 
     @classmethod
     def choose(cls, n_classes: int, dtype: torch.dtype, device: torch.device, gradient: bool) -> Config:
@@ -282,7 +277,7 @@ def cross_entropy_forward(x, given, loss, out, dx, config: Config | None = None)
         dx.stride(0) if dx is not None else 0,
         IGNORE=loss.ignore_index, SMOOTHING=float(loss.label_smoothing), Z_SCALE=float(loss.lse_square_scale),
         CAPPED=loss.softcap is not None, TOKEN_SCALING=bool(loss.token_scaling), LANES=config.lanes, VEC=config.vec,
-        REVERSE=config.reverse, num_warps=config.num_warps,
+        num_warps=config.num_warps,
     )  # fmt: skip
 
 

@@ -121,7 +121,7 @@ class Config:
     def choose(cls, n_classes: int, dtype: torch.dtype, device: torch.device) -> Config:
         backend = device_of(device)
         if not backend.threads:
-            return cls(1, min(power_of_2_from(n_cols), backend.max_block(8)), 1)
+            return cls(1, min(power_of_2_from(n_classes), backend.max_block(8)), 1)
         vec = 16 // dtype.itemsize  # one 16-byte load per lane
         lanes = power_of_2_from(max(cdiv(n_classes, vec), 1))
         num_warps = max(1, min(lanes // (2 * backend.warp_width), 8, backend.max_warps))
