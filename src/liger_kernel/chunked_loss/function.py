@@ -72,7 +72,9 @@ def log_probs_of(hidden, weight, bias, target, loss: RowLoss, op: str) -> torch.
     """(B, L) log-probabilities of the targets, 0 where ignored, without gradients: those of a reference model."""
     if hidden is None or weight is None:
         raise ValueError(f"{op}: the reference model needs ref_input and ref_weight")
-    stats = head_groups.row_stats(batch_of(hidden, weight, bias, target, loss, 1, op))
+    batch = batch_of(hidden, weight, bias, target, loss, 1, op)
+    # The policy's groups take as much afterwards, and larger products are faster.
+    stats = head_groups.row_stats(batch, workspace_bytes=head_groups.budget(batch))
     return stats.loss.neg().view(target.shape)
 
 

@@ -19,7 +19,6 @@ EXPORTS: dict[str, tuple[str, ...]] = {
     "fused_linear_scaled_cross_entropy": ("LigerFusedLinearScaledCrossEntropyFunction",),
     "gated_rms_norm": ("GatedRMSNormFunction",),
     "geglu": ("LigerGELUMulFunction", "geglu_backward", "geglu_forward"),
-    "grpo_loss": ("GrpoLossFunction",),
     "group_norm": ("LigerGroupNormFunction", "group_norm_backward", "group_norm_forward"),
     "relu_squared": ("LigerReLUSquaredFunction", "relu_squared_backward", "relu_squared_forward"),
     "jsd": ("LigerJSDFunction", "jsd_backward", "jsd_forward"),
@@ -29,11 +28,13 @@ EXPORTS: dict[str, tuple[str, ...]] = {
     "softmax": ("LigerSoftmaxFunction",),
     "rope": ("LigerRopeFunction", "rope_backward", "rope_forward"),
     "swiglu": ("LigerFusedGateUpSiLUMulFunction", "LigerSiLUMulFunction", "swiglu_backward", "swiglu_forward"),
+    "tvd": ("LigerTVDLossFunction",),
 }
 
 # Modules that put rooms together or give their kernels another interface.
 FORMS: dict[str, tuple[str, ...]] = {
     "fused_moe": ("LigerFusedMoEFunction",),
+    "grpo_loss": ("GrpoLossFunction",),
     "llama4_rope": ("LigerLlama4RopeFunction",),
     "mlp": ("LigerMLPFunction",),
     "qwen2vl_mrope": ("LigerQwen2VLMRopeFunction",),
@@ -54,7 +55,6 @@ NOT_BUILT = (
     "LigerMultiTokenAttentionFunction",
     "LigerPolyNormFunction", "poly_norm_backward", "poly_norm_forward",
     "LigerSparsemaxFunction",
-    "LigerTVDLossFunction",
     "LigerVocabParallelCEFunction",
 )  # fmt: skip
 

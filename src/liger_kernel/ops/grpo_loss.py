@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import torch
 
-from liger_kernel.ops import row_loss
 from liger_kernel.ops.core import kernels, wide
 from liger_kernel.ops.row_loss import Given, GradAware, RowLoss, check_target, empty_stats
 
 IGNORE_INDEX = -100
-TORCH = row_loss.TORCH  # the rows are cross_entropy's
 
 
 class SelectiveLogSoftmaxFunction(GradAware):

@@ -120,13 +120,16 @@ def group_units(batch: Batch, workspace_bytes: int | None) -> int:
     n_units, rows = n_seqs // batch.per_unit, batch.per_unit * length
     if rows == 1:
         return chunk_rows(n_units, batch.weight.shape[0], batch.dtype, batch.hidden.device, True, workspace_bytes)
-    limit = workspace_bytes if workspace_bytes is not None else environment_bytes()
-    if limit is None:
-        limit = GROUP["cpu" if batch.hidden.device.type == "cpu" else "gpu"]
-    most = limit // max(1, rows * pitch(batch.weight.shape[0]) * batch.dtype.itemsize)
+    most = budget(batch, workspace_bytes) // max(1, rows * pitch(batch.weight.shape[0]) * batch.dtype.itemsize)
     if most == 0 or n_units <= most:
         return min(most, max(n_units, 1))
     return -(-n_units // -(-n_units // most))
+
+
+def budget(batch: Batch, workspace_bytes: int | None = None) -> int:
+    """Bytes of a group's logits at most."""
+    limit = workspace_bytes if workspace_bytes is not None else environment_bytes()
+    return limit if limit is not None else GROUP["cpu" if batch.hidden.device.type == "cpu" else "gpu"]
 
 
 def _grouped(batch, objective, sides, needs, found, each):

@@ -32,6 +32,7 @@ _MODULES = {
         "LigerQwen3MoeSwiGLUMLP", "LigerSwiGLUMLP", "LigerSwiGLUMLPForMuseGlimmer",
     ),
     f"{_HERE}.tiled_mlp": ("LigerTiledGEGLUMLP", "LigerTiledSwiGLUMLP"),
+    f"{_HERE}.tvd": ("LigerTVDLoss",),
 }  # fmt: skip
 _ENGINE = {  # these need transformers
     f"{_HERE}.auto_model": ("AutoLigerKernelForCausalLM",),
@@ -47,7 +48,6 @@ _NOT_BUILT = (
     "LigerMultiTokenAttention",
     "LigerPolyNorm",
     "LigerSparsemax",
-    "LigerTVDLoss",
     "LigerVocabParallelCrossEntropy",
 )
 

@@ -42,6 +42,7 @@ from liger_kernel.transformers.swiglu import LigerSwiGLUMLP as LigerSwiGLUMLP
 from liger_kernel.transformers.swiglu import LigerSwiGLUMLPForMuseGlimmer as LigerSwiGLUMLPForMuseGlimmer
 from liger_kernel.transformers.tiled_mlp import LigerTiledGEGLUMLP as LigerTiledGEGLUMLP
 from liger_kernel.transformers.tiled_mlp import LigerTiledSwiGLUMLP as LigerTiledSwiGLUMLP
+from liger_kernel.transformers.tvd import LigerTVDLoss as LigerTVDLoss
 
 def is_transformers_available() -> bool: ...
 def apply_liger_kernel_to_deepseek_v2(

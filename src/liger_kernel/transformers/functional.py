@@ -29,6 +29,7 @@ __all__, __getattr__ = lazy_names(
         f"{_OPS}.rope": ("liger_rope",),
         f"{_OPS}.softmax": ("liger_softmax",),
         f"{_OPS}.swiglu": ("liger_swiglu",),
+        f"{_OPS}.tvd": ("liger_tvd",),
     },
     not_built=(
         "liger_attn_res", "liger_dyt", "liger_fused_linear_kl_div",
@@ -36,6 +37,5 @@ __all__, __getattr__ = lazy_names(
         "liger_mhc_apply", "liger_mhc_coeffs", "liger_mhc_forward",
         "liger_mhc_post_res", "liger_mhc_pre", "liger_modulated_rms_norm", "liger_multi_token_attention",
         "liger_poly_norm", "liger_sparsemax",
-        "liger_tvd",
     ),
 )  # fmt: skip
