@@ -137,6 +137,17 @@ def test_the_whole_driver(tmp_path, monkeypatch, capsys):
     assert "ours takes" in capsys.readouterr().out
 
 
+def test_nothing_is_started_when_time_is_up(tmp_path, monkeypatch):
+    """Workers that began after the clock had stopped the others ran on without an end."""
+    monkeypatch.setattr(measure, "ceilings", lambda samples: CARD)
+    started = []
+    monkeypatch.setattr(run, "Worker", lambda *job: started.append(job))
+    given = "softmax --shapes tiny --against torch --skip-tests --seconds 1e-9"
+    assert run.main(arguments(*given.split(), output=tmp_path)) == 0
+    (written,) = tmp_path.glob("*.json")
+    assert json.loads(written.read_text())["rows"] == [] and not started
+
+
 @pytest.mark.skipif(not (process.REPOSITORY / ".git").exists(), reason="needs the repository's history")
 def test_base_is_the_same_op_at_another_commit():
     before = subprocess.run(["git", "worktree", "list"], cwd=process.REPOSITORY, capture_output=True).stdout

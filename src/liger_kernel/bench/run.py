@@ -113,18 +113,18 @@ def compare(args, ops: list[str], names: list[str], base: str, until: float | No
     cancel = stop_after(until and until - time.monotonic(), workers)
     try:
         if at_once:
-            _build(jobs, workers)
-            workers.extend(Worker(WORKER, job) for job in jobs)
+            _build(jobs, workers, until)
+            workers.extend(Worker(WORKER, job) for job in jobs if _time_is_left(until))
         for worker in workers:
             worker.ready()
         card = measure.ceilings(args.samples)
         print(f"ceilings: copy {card['copy_TB_s']} TB/s, GEMM {card['gemm_TFLOP_s']} TFLOP/s", flush=True)
-        for i in range(len(jobs)):
-            if not at_once:
-                workers.append(Worker(WORKER, jobs[i]))
+        for i, job in enumerate(jobs):
+            if not at_once and _time_is_left(until):
+                workers.append(Worker(WORKER, job))
                 workers[i].ready()
-            for row in workers[i].rows():
-                rows.append({"op": "", "shape": "", "mode": "", "peer": jobs[i].contender} | row)
+            for row in workers[i].rows() if _time_is_left(until) else ():
+                rows.append({"op": "", "shape": "", "mode": "", "peer": job.contender} | row)
                 print(line(rows[-1], card, rows), flush=True)
             measure.save(path, rows, card)
     finally:
@@ -140,10 +140,16 @@ def compare(args, ops: list[str], names: list[str], base: str, until: float | No
     return rows
 
 
-def _build(jobs: list[Job], workers: list[Worker]) -> None:
+def _time_is_left(until: float | None) -> bool:
+    return until is None or time.monotonic() < until
+
+
+def _build(jobs: list[Job], workers: list[Worker], until: float | None) -> None:
     """Fill the compilers' caches, op by op side by side: what a contender does in its own process is then short."""
     todo = [replace(j, ops=[op], only_build=True) for j in jobs if j.contender in COMPILED for op in j.ops]
     for at in range(0, len(todo), BUILDERS):
+        if not _time_is_left(until):
+            return
         workers.extend(Worker(WORKER, job) for job in todo[at : at + BUILDERS])
         while workers:
             workers[-1].ready()
