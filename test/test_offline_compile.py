@@ -12,7 +12,11 @@ import pytest
 from liger_kernel.bench import shapes
 from liger_kernel.ops import EXPORTS, core
 
-FULL = ("sm_80", "sm_100", "gfx90a", "gfx950", "gfx1100")
+FULL = ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx90a", "gfx950", "gfx1100")
+# Bytes of shared memory that a program may take: of an AMD compute unit, and of the NVIDIA ones with the least (8.6).
+SHARED = {"gfx": 65536, "sm_": 101376}
+# Bytes of stack, where a long row is held in registers but for these, and read once in return.
+SPILLS = {"sm_90 softmax 8192x32768 _backward_kernel": 48}
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -25,8 +29,15 @@ def offline(*arguments):
 
 
 def assert_fits(target, *arguments):
-    shared = [int(n) for n in re.findall(r"(\d+) B shared", offline("--target", target, *arguments))]
-    assert shared and max(shared) <= (65536 if target.startswith("gfx") else 101376)
+    """Shared memory and threads are within a program's limits, and no launch of a benchmarked shape spills."""
+    pattern = re.compile(r"^(.*): \d+ registers, (\d+) spilled, (\d+) B shared, \{'num_warps': (\d+)", re.MULTILINE)
+    launches = pattern.findall(offline("--target", target, *arguments))
+    assert len(launches) > 40
+    width = 64 if target.startswith("gfx9") else 32
+    for name, spilled, shared, warps in launches:
+        assert int(shared) <= SHARED[target[:3]], name
+        assert int(warps) * width <= 1024, f"{name}: {warps} warps of {width}"
+        assert " case " in name or int(spilled) <= SPILLS.get(name, 0), f"{name} spills {spilled}"
 
 
 @needs_triton
