@@ -34,7 +34,8 @@ def test_every_op_of_a_model_is_timed_and_agrees_with_its_formula(op):
     one = call(op=op)
     for mode in bench.MODES:
         row = worker.timed(one, one.case(), mode)
-        assert row["error"] <= 1e-5 and row["event_ms"].samples == 3 and row["TB_s"] > 0
+        # fp32, summed in another order; what is wrong is off by far more
+        assert row["error"] <= 1e-4 and row["event_ms"].samples == 3 and row["TB_s"] > 0
         assert ("TFLOP_s" in row) == (op == "fused_linear_cross_entropy")
 
 
