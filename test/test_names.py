@@ -15,8 +15,8 @@ def test_every_listed_name_resolves(package):
 
 
 @pytest.mark.parametrize("package, name", [
-    ("ops", "LigerDyTFunction"), ("transformers", "LigerDyT"),
-    ("transformers.functional", "liger_dyt"), ("megatron", "LigerMegatronSwiGLU"),
+    ("ops", "LigerSparsemaxFunction"), ("transformers", "LigerSparsemax"),
+    ("transformers.functional", "liger_sparsemax"), ("megatron", "LigerMegatronSwiGLU"),
 ])  # fmt: skip
 def test_a_name_still_to_come_says_so(package, name):
     module = importlib.import_module(f"liger_kernel.{package}")

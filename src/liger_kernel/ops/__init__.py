@@ -5,6 +5,7 @@ from liger_kernel._lazy import lazy_names
 # room -> the names it offers
 EXPORTS: dict[str, tuple[str, ...]] = {
     "cross_entropy": ("LigerCrossEntropyFunction", "cross_entropy_backward", "cross_entropy_forward"),
+    "dyt": ("LigerDyTFunction",),
     "fused_add_rms_norm": (
         "LigerFusedAddRMSNormFunction",
         "fused_add_rms_norm_backward",
@@ -44,7 +45,6 @@ FORMS: dict[str, tuple[str, ...]] = {
 # Names of the liger-kernel interface that are still to come.
 NOT_BUILT = (
     "LigerAttnResFunction", "attn_res_backward", "attn_res_forward",
-    "LigerDyTFunction",
     "LigerEmbeddingFunction",
     "LigerFusedCETVDFunction", "fused_ce_tvd_backward", "fused_ce_tvd_forward",
     "LigerFusedLinearKLDivFunction", "fused_linear_kl_div_backward", "fused_linear_kl_div_forward",

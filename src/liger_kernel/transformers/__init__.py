@@ -11,6 +11,7 @@ from liger_kernel.transformers.models import APPLY_PREFIX, apply_names
 _HERE = "liger_kernel.transformers"
 _MODULES = {
     f"{_HERE}.cross_entropy": ("LigerCrossEntropyLoss",),
+    f"{_HERE}.dyt": ("LigerDyT",),
     f"{_HERE}.fused_add_rms_norm": ("LigerFusedAddRMSNorm",),
     f"{_HERE}.fused_linear_cross_entropy": ("LigerFusedLinearCrossEntropyLoss",),
     f"{_HERE}.fused_linear_jsd": ("LigerFusedLinearJSD",),
@@ -40,7 +41,6 @@ _ENGINE = {  # these need transformers
     f"{_HERE}.patch": ("apply_liger_kernel", "revert_liger_kernel"),
 }
 _NOT_BUILT = (
-    "LigerDyT",
     "LigerFusedCETVDLoss",
     "LigerFusedLinearKLDivLoss",
     "LigerMHC",

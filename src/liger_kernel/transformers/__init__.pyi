@@ -4,6 +4,7 @@ from torch import nn
 
 from liger_kernel.transformers.auto_model import AutoLigerKernelForCausalLM as AutoLigerKernelForCausalLM
 from liger_kernel.transformers.cross_entropy import LigerCrossEntropyLoss as LigerCrossEntropyLoss
+from liger_kernel.transformers.dyt import LigerDyT as LigerDyT
 from liger_kernel.transformers.fused_add_rms_norm import LigerFusedAddRMSNorm as LigerFusedAddRMSNorm
 from liger_kernel.transformers.fused_linear_cross_entropy import (
     LigerFusedLinearCrossEntropyLoss as LigerFusedLinearCrossEntropyLoss,

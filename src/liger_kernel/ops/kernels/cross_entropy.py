@@ -13,19 +13,9 @@ import triton.language as tl
 
 from liger_kernel.backends import device_of
 from liger_kernel.ops.core import Kernels
-from liger_kernel.ops.kernels.blocks import cdiv, index, int64, is_wide, launch, power_of_2_from, programs_for
+from liger_kernel.ops.kernels.blocks import cdiv, index, int64, is_wide, launch, power_of_2_from, programs_for, tanh
 
 # Kernels: Capital = memory, lower case = registers, ALL_CAPS = compile time.
-
-
-@triton.jit
-def _tanh(x):
-    u = tl.abs(x)
-    e = tl.exp(-2.0 * u)
-    square = x * x
-    near = x * (1.0 - square * (0.33333333 - square * (0.13333333 - square * (0.053968254 - square * 0.021869488))))
-    far = tl.where(x < 0.0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
-    return tl.where(u < 0.2, near, far)  # 1 - e cancels near zero
 
 
 @triton.jit
@@ -33,7 +23,7 @@ def logit(x, inner, outer, Scales, CAPPED: tl.constexpr):
     """outer * tanh(inner * x), or inner * x; see scales_of."""
     z = x.to(tl.float32)
     if CAPPED:
-        z = outer * _tanh(z * inner)
+        z = outer * tanh(z * inner)
     elif Scales is not None:
         z = z * inner
     return z

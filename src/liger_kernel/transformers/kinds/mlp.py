@@ -193,7 +193,7 @@ def _may_remake() -> bool:
     recomputing = torch._C._current_graph_task_id() != -1
     return (
         not recomputing
-        and hooks._saved_tensors_hooks_is_enabled()
+        and hooks._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
         and not hooks._top_saved_tensors_default_hooks(False)
     )
 
