@@ -1,4 +1,4 @@
-"""Running a function on a sharded module's weights, with its FSDP hooks around it."""
+"""Running a function on a sharded module's weights, with its FSDP hooks around it; which modules are sharded."""
 
 from __future__ import annotations
 
@@ -36,3 +36,30 @@ class _FSDPForwardRedirection:
             return fsdp_module(*args, **kwargs)
         finally:
             restore()
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 has given this module a class of its own, derived of FSDPModule and of the module's."""
+    bases = type(module).__bases__
+    return len(bases) == 2 and bases[0].__name__ == "FSDPModule" and bases[0].__module__.startswith("torch.")
+
+
+def unwrapped(module: Any) -> Any:
+    """The module that FSDP1 has wrapped, or the module."""
+    kind = type(module)
+    if kind.__name__ == "FullyShardedDataParallel" and kind.__module__.startswith("torch."):
+        return module.module
+    return module
+
+
+def call_again(module: Any, *args, **kwargs) -> Any:
+    """module(*args, **kwargs), a further time in one forward.
+
+    Of modules that FSDP2 shards as one unit (a head and the embedding it is tied to), the unit's hooks take a second
+    call for the start of a new forward, and then do not reduce the gradient of the first. So it is made past them, on
+    weights that stay gathered until the backward has used them.
+    """
+    if not is_fully_sharded(module) or len(module._get_fsdp_state()._modules) == 1:
+        return module(*args, **kwargs)
+    module.unshard()
+    return module.forward(*args, **kwargs)

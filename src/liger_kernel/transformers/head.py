@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from liger_kernel.transformers.fsdp import unwrapped
 from liger_kernel.transformers.head_loss import RESULTS, CrossEntropyLoss, FusedLoss, Gate, Window, is_causal_loss
 from liger_kernel.transformers.head_weight import (
     adapter_inputs,
@@ -140,13 +141,14 @@ def _forward_for(inner: Callable, signature: inspect.Signature | None = None) ->
 def _head_forward(self, hidden, *args, reduce=None, **kwargs):
     gate = getattr(self, _GATE)
     if reduce is not None:
-        return reduce(hidden, *parameters_of(self, *args))
+        return reduce(hidden, *parameters_of(self, hidden, *args))
     window = gate.window
     if window is None or not window.defer or args or kwargs or not is_foldable(self):
         return _own_forward(self)(hidden, *args, **kwargs)
     names = adapters_of(self)
     low = adapter_inputs(self, hidden, names) if names else None
-    return LazyLogits(hidden, self, linear_of(self).weight.shape[0], window, low=low, adapters=names)
+    head = window.head if window.head is not None and unwrapped(window.head) is self else self
+    return LazyLogits(hidden, head, linear_of(self).weight.shape[0], window, low=low, adapters=names)
 
 
 _head_forward.__name__ = "forward"  # pickle stores a bound method by name; the class's forward is the one to find
@@ -173,6 +175,7 @@ class Fusion:
         self.gate = Gate()
         self.enabled = False
         self.head: nn.Module | None = None
+        self.entry: nn.Module | None = None  # what is called for the head: FSDP1's wrapper around it
         self.head_before: dict = {}
         head, pattern = find_head(model)
         self.name, self.pattern = _name_of(head, model), pattern
@@ -250,6 +253,7 @@ class Fusion:
             return False
         if head is not self.head:
             self._bind_head(head, pattern)
+        self.entry = _output_embeddings(self.model)  # FSDP1 wraps it without a change of it
         return True
 
     def run(self, args: tuple, kwargs: dict):
@@ -273,7 +277,7 @@ class Fusion:
         if defer and not torch.compiler.is_compiling():
             defer = self._follow_head()
         before = self.gate.window
-        window = self.gate.window = Window(self.gate, defer, options, keywords)
+        window = self.gate.window = Window(self.gate, defer, options, keywords, head=self.entry)
         try:
             output = self.inner(*args, **kwargs)
         finally:
@@ -293,7 +297,7 @@ class Fusion:
     def replicated(self, replica: nn.Module) -> Fusion:
         """The same for a replica, which runs in a thread of its own beside the others: with a gate of its own."""
         new = object.__new__(Fusion)
-        new.__dict__.update(self.__dict__, model=replica, head=None, gate=Gate())
+        new.__dict__.update(self.__dict__, model=replica, head=None, entry=None, gate=Gate())
         if isinstance(loss := replica.__dict__.get("_loss_function"), FusedLoss):
             _set_loss(replica, FusedLoss(new.gate, loss.own, loss.before))
         if isinstance(self.inner, MethodType) and self.inner.__self__ is self.model:
@@ -330,18 +334,13 @@ lce_forward.__name__ = lce_forward.__qualname__ = "lce_forward"
 
 def find_head(model: nn.Module) -> tuple[nn.Module, str]:
     """(the module whose call is fused, how it was recognised); HeadLeftAlone otherwise."""
-    get: Any = getattr(model, "get_output_embeddings", None)
-    try:
-        head = get() if get is not None else None
-    except (AttributeError, NotImplementedError):
-        head = None
+    head, pattern = unwrapped(_output_embeddings(model)), "linear"
     if head is None:
         raise HeadLeftAlone("it has no output embeddings")
-    pattern = "linear"
     if is_peft(head, "ModulesToSaveWrapper"):
         active = head.active_adapters
-        unwrapped = head.disable_adapters or not active or active[0] not in head.modules_to_save
-        head, pattern = (head.original_module if unwrapped else head.modules_to_save[active[0]]), "modules_to_save"
+        off = head.disable_adapters or not active or active[0] not in head.modules_to_save
+        head, pattern = (head.original_module if off else head.modules_to_save[active[0]]), "modules_to_save"
     if is_lora(head):
         pattern, reason = "lora", why_not_lora(head)
     else:
@@ -353,6 +352,14 @@ def find_head(model: nn.Module) -> tuple[nn.Module, str]:
     if reason is not None:
         raise HeadLeftAlone(reason)
     return head, pattern if linear_of(head).bias is None else f"{pattern} with bias"
+
+
+def _output_embeddings(model) -> Any:
+    get: Any = getattr(model, "get_output_embeddings", None)
+    try:
+        return get() if get is not None else None
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _why_not_hooks(head) -> str | None:

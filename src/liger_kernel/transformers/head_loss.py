@@ -27,6 +27,7 @@ class Window:
     options: dict = field(default_factory=dict)
     keywords: dict = field(default_factory=dict)
     results: dict = field(default_factory=dict)
+    head: Any = None  # what is called for the head, where that is another module than the head itself
 
     def collect(self, results: tuple) -> None:
         """Keep the RESULTS of an unpacked result."""

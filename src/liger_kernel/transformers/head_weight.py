@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from liger_kernel.transformers.fsdp import is_fully_sharded
+
 _PLAIN = (nn.Parameter, torch.Tensor)
 
 
 def why_not_linear(head) -> str | None:
-    kind = type(head)
-    sharded = kind.__name__ == f"FSDP{nn.Linear.__name__}" and nn.Linear in kind.__bases__  # FSDP2's class of a Linear
-    if kind is not nn.Linear and not sharded:
+    kind = kind_of(head)
+    if kind is not nn.Linear:
         return f"its head is a {kind.__module__}.{kind.__name__}, not a torch.nn.Linear"
     weight = type(head.weight)
     if weight not in _PLAIN and not weight.__module__.startswith("torch.distributed."):
@@ -23,12 +24,20 @@ def why_not_linear(head) -> str | None:
     return None
 
 
+def kind_of(module) -> type:
+    """The class of a module, without the one that FSDP2 derives of it."""
+    kind = type(module)
+    return kind.__bases__[-1] if is_fully_sharded(module) else kind
+
+
 def is_peft(module, name: str) -> bool:
-    return type(module).__name__ == name and type(module).__module__.startswith("peft.")
+    kind = kind_of(module)
+    return kind.__name__ == name and kind.__module__.startswith("peft.")
 
 
 def is_lora(module) -> bool:
-    return type(module).__name__ == "Linear" and type(module).__module__ == "peft.tuners.lora.layer"
+    kind = kind_of(module)
+    return kind.__name__ == "Linear" and kind.__module__ == "peft.tuners.lora.layer"
 
 
 def why_not_lora(head) -> str | None:
@@ -63,30 +72,36 @@ def merged_into(head) -> tuple[str, ...]:
     return tuple(head.merged_adapters) if is_lora(head) else ()
 
 
-def adapter_inputs(head, hidden, names):
-    """u = s A(x) of each adapter, (..., r) side by side: against their B's it gives their share of the logits.
+def adapter_inputs(head, hidden, names) -> tuple:
+    """What goes into each adapter, (..., H), None for hidden itself.
 
-    Computed once, here: its dropout must not be drawn again when the loss or the logits are computed.
+    Drawn once, here: dropout must not be drawn again when the loss or the logits are computed. Nothing here needs a
+    weight: FSDP gathers one for the backward of a call that yields tensors, and this call yields none.
     """
     parts = []
     for name in names:
-        a = head.lora_A[name]
-        parts.append(a(head.lora_dropout[name](hidden.to(a.weight.dtype))) * head.scaling[name])
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        drop = head.lora_dropout[name]
+        keeps = isinstance(drop, nn.Identity) or not drop.training
+        parts.append(None if keeps else drop(hidden.to(head.lora_A[name].weight.dtype)))
+    return tuple(parts)
 
 
-def parameters_of(head, u=None, names=()) -> tuple:
-    """(weight, bias), and (u, B) with logits = x W^T + bias + u B^T where adapters take part."""
+def parameters_of(head, hidden, inputs=(), names=()) -> tuple:
+    """(weight, bias), and (u, B) with logits = x W^T + bias + u B^T where adapters take part: u = s A(x), (..., r)."""
     base = linear_of(head)
     weight, bias = base.weight, base.bias
-    outs = [head.lora_B[name] for name in names]
-    for name, out in zip(names, outs):
+    us, outs = [], [head.lora_B[name] for name in names]
+    for name, x, out in zip(names, inputs, outs):
+        a = head.lora_A[name]
+        us.append(a((hidden if x is None else x).to(a.weight.dtype)) * head.scaling[name])
         if out.bias is not None:
             more = out.bias * head.scaling[name]
             bias = more if bias is None else bias + more
     if not outs:
         return weight, bias
-    return weight, bias, (u, outs[0].weight if len(outs) == 1 else torch.cat([out.weight for out in outs], dim=1))
+    if len(outs) == 1:
+        return weight, bias, (us[0], outs[0].weight)
+    return weight, bias, (torch.cat(us, dim=-1), torch.cat([out.weight for out in outs], dim=1))
 
 
 def merged(hidden, weight, low_rank):

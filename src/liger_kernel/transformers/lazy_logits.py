@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional as torch_functional
 
+from liger_kernel.transformers.fsdp import call_again, unwrapped
 from liger_kernel.transformers.head_weight import merged_into
 
 _STATE = ("hidden", "head", "window", "dtype", "device", "_vocab_size", "_steps", "_vocab", "_autocast", "_grad",
@@ -27,8 +28,8 @@ class LazyLogits:
 
     head(hidden, reduce=f) must return f(hidden, weight, bias), run inside the module's call so that its hooks
     (FSDP, ZeRO, offloading) have the weight in place. window holds the options of the forward it was made in.
-    With low (..., r), the inputs of low-rank `adapters`, head(hidden, low, adapters, reduce=f) returns
-    f(hidden, weight, bias, (low, B)).
+    With low, the inputs (..., H) of low-rank `adapters` (None: hidden), head(hidden, low, adapters, reduce=f) returns
+    f(hidden, weight, bias, (u, B)).
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class LazyLogits:
 
     def _moved(self, move: Callable, **changes) -> LazyLogits:
         """These logits with `move`, which leaves the last dim alone, done to what they are computed from."""
-        low = None if self._low is None else move(self._low)
+        low = None if self._low is None else tuple([x if x is None else move(x) for x in self._low])
         return self._like(hidden=move(self.hidden), _low=low, **changes)
 
     def _step(self, name: str, value: Any, **changes) -> LazyLogits:
@@ -251,7 +252,7 @@ class LazyLogits:
 
         adapted = () if self._low is None else (self._low, self._adapters)
         with nullcontext() if self._grad else torch.no_grad(), self._made_under_autocast():
-            return self.head(self.hidden, *adapted, reduce=function if self._vocab is None else sliced)
+            return call_again(self.head, self.hidden, *adapted, reduce=function if self._vocab is None else sliced)
 
     def _made_under_autocast(self):
         """The autocast state of the head's call, where it is another one now."""
@@ -398,7 +399,9 @@ def _versions(head) -> dict:
 
     Also the adapters in its weight: PEFT writes them there behind the count of writes.
     """
-    return {"merged": merged_into(head)} | {id(p): p._version for p in head.parameters() if not p.is_inference()}
+    return {"merged": merged_into(unwrapped(head))} | {
+        id(p): p._version for p in head.parameters() if not p.is_inference()
+    }
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:
