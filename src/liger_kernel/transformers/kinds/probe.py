@@ -25,7 +25,9 @@ MIN_SAME = 0.99
 _PLAIN = frozenset(nn.Module().__dict__)  # what every module has: parameters, hooks, the training flag
 _SCALARS = (int, float, str, type(None))
 RECORD = "_liger_kernel_patch"
-_NOT_SETTINGS = frozenset({"forward", "_old_forward", "_apply_gate", "_hf_hook", RECORD})
+_NOT_SETTINGS = frozenset(
+    {"forward", "_old_forward", "_apply_gate", "_replicate_for_data_parallel", "_hf_hook", RECORD}
+)
 
 
 @dataclass(frozen=True)
