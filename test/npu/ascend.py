@@ -68,11 +68,18 @@ class DoesNotFit(RuntimeError):
 # Checking and building
 
 
-def check(linalg: str, arch: str) -> str | None:
-    """What bishengir-compile has against a kernel for `arch`, or None.
+@functools.cache
+def last_compiler() -> Path:
+    """A folder with stand-ins for the one step that is not public: they take what they are given."""
+    folder = Path(tempfile.mkdtemp())
+    for name in ("hivmc", "hivmc-a5"):
+        (folder / name).write_text("#!/bin/sh\nexit 0\n")
+        (folder / name).chmod(0o755)
+    return folder
 
-    It always ends in an error, since the last compiler it calls is not public: the question is which error.
-    """
+
+def check(linalg: str, arch: str) -> str | None:
+    """What bishengir-compile has against a kernel for `arch`, or None."""
     tools = Path(importlib.util.find_spec("ascendnpuir").origin).parent / "bin"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.mlir")
@@ -81,9 +88,10 @@ def check(linalg: str, arch: str) -> str | None:
             [tools / "bishengir-compile", source, f"--target={arch}", "--enable-auto-multi-buffer=True",
              "--enable-auto-bind-sub-block=True", "--enable-hfusion-compile=true", "--enable-hivm-compile=true",
              "--enable-triton-kernel-compile=true", "-o", Path(folder, "kernel")],
-            capture_output=True, text=True, cwd=folder, env=os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"},
+            capture_output=True, text=True, cwd=folder,
+            env=os.environ | {"PATH": f"{last_compiler()}:{tools}:{os.environ['PATH']}"},
         )  # fmt: skip
-    if "External hivmc run fails" in done.stderr or "Cannot find hivmc" in done.stderr:
+    if done.returncode == 0:
         return None
     return "\n".join(line for line in done.stderr.splitlines() if "error" in line)[:2000] or done.stderr[:2000]
 
