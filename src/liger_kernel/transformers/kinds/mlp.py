@@ -10,6 +10,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -189,7 +190,7 @@ def _may_remake() -> bool:
     """Not where nothing is kept, where somebody else decides what is (checkpointing, offloading), or while tracing."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or os.environ.get(KEEP, "0") not in ("", "0"):
         return False
-    hooks = torch._C._autograd
+    hooks: Any = torch._C._autograd
     recomputing = torch._C._current_graph_task_id() != -1
     return (
         not recomputing
