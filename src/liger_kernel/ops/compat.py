@@ -229,6 +229,30 @@ def fused_linear_jsd_backward(grad_output, grad_input, grad_weight):
     return grads if present is None else kernels("fused_linear_jsd", present).backward(grads, grad_output)
 
 
+# fused_linear_kl_div
+
+
+def fused_linear_kl_div_forward(
+    student_input, student_weight, target, shift_labels, reduction, ignore_index, has_label, temperature, eps,
+    accum_dtype=None,
+):  # fmt: skip
+    """-> (loss, grad_input, grad_weight); a gradient is None where its tensor takes none."""
+    from liger_kernel.ops import fused_linear_kl_div as room
+
+    labels = shift_labels if has_label else None
+    room.check(student_input, student_weight, target, labels, reduction, temperature, eps)
+    needs = student_input.requires_grad, student_weight.requires_grad
+    return room.solve(
+        student_input, student_weight, target, labels, reduction, ignore_index, temperature, eps, accum_dtype,
+        needs=needs,
+    )  # fmt: skip
+
+
+def fused_linear_kl_div_backward(grad_output, grad_input, grad_weight):
+    """The gradients times the 0-d grad_output, in place; None stays None."""
+    return fused_linear_jsd_backward(grad_output, grad_input, grad_weight)
+
+
 # kl_div
 
 

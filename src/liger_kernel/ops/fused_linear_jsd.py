@@ -200,7 +200,7 @@ def _case(rows, n_classes, dtype, device, labels=None, width=16, **options):
 
 
 def _cases(dtype, device):
-    shapes = ((9, 41), (1, 1), (5, 3), (0, 8), (2, 5000))
+    shapes = ((9, 41), (1, 1), (0, 8), (1, 5000))
     return [
         _case(*shape, dtype, device, labels=labels, jsd_beta=beta, temperature=temperature, workspace_bytes=budget)
         for shape in shapes

@@ -38,6 +38,19 @@ class Linear:
         return out
 
 
+@dataclass(frozen=True)
+class Whole:
+    """A teacher whose rows (T, V) are given as they are."""
+
+    hidden: torch.Tensor
+
+    def to(self, dtype: torch.dtype) -> Whole:
+        return self
+
+    def project(self, i: int, j: int, out: torch.Tensor | None) -> torch.Tensor:
+        return self.hidden[i:j]
+
+
 # (x, y, slice of the rows, whether dx is wanted over x) -> sums of losses (k,)
 Rows = Callable[[torch.Tensor, torch.Tensor, object, bool], torch.Tensor]
 
@@ -45,7 +58,7 @@ Rows = Callable[[torch.Tensor, torch.Tensor, object, bool], torch.Tensor]
 @torch.no_grad()
 def run(
     student: Linear,
-    teacher: Linear,
+    teacher: Linear | Whole,
     live: torch.Tensor | None,
     rows: Rows,
     n_losses: int,
@@ -64,7 +77,8 @@ def run(
     index = torch.arange(n_rows, device=device)
     if live is not None and head.counts_for_free(student.hidden) and not live.all():
         index = live.nonzero().squeeze(1)
-        student, teacher = (replace(side, hidden=side.hidden[index]) for side in (student, teacher))
+        student = replace(student, hidden=student.hidden[index])
+        teacher = replace(teacher, hidden=teacher.hidden[index])
     kept, every = index.shape[0], index.shape[0] == n_rows
     student, teacher = student.to(dtype), teacher.to(dtype)
     (n_classes, width), sum_dtype = student.weight.shape, wide(dtype)
@@ -78,7 +92,8 @@ def run(
         d_weight = WeightSum(n_classes, width, torch.promote_types(own, dtype), given.weight.dtype, device)
     if needs[2]:
         d_bias = torch.zeros(n_classes, dtype=sum_dtype, device=device)
-    x_room, y_room = (empty_chunk(min(step, max(kept, 1)), n_classes, dtype, device) for _ in range(2))
+    x_room = empty_chunk(min(step, max(kept, 1)), n_classes, dtype, device)
+    y_room = empty_chunk(x_room.shape[0], n_classes, dtype, device) if isinstance(teacher, Linear) else x_room
     for i in range(0, kept, step):
         j = min(i + step, kept)
         x, y = student.project(i, j, x_room[: j - i]), teacher.project(i, j, y_room[: j - i])

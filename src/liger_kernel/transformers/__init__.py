@@ -15,6 +15,7 @@ _MODULES = {
     f"{_HERE}.fused_add_rms_norm": ("LigerFusedAddRMSNorm",),
     f"{_HERE}.fused_linear_cross_entropy": ("LigerFusedLinearCrossEntropyLoss",),
     f"{_HERE}.fused_linear_jsd": ("LigerFusedLinearJSD",),
+    f"{_HERE}.fused_linear_kl_div": ("LigerFusedLinearKLDivLoss",),
     f"{_HERE}.geglu": ("LigerGEGLUMLP",),
     f"{_HERE}.jsd": ("LigerJSD",),
     f"{_HERE}.kl_div": ("LigerKLDIVLoss",),
@@ -42,7 +43,6 @@ _ENGINE = {  # these need transformers
 }
 _NOT_BUILT = (
     "LigerFusedCETVDLoss",
-    "LigerFusedLinearKLDivLoss",
     "LigerMHC",
     "LigerModulatedRMSNorm",
     "LigerMultiTokenAttention",

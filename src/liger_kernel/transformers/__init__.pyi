@@ -10,6 +10,7 @@ from liger_kernel.transformers.fused_linear_cross_entropy import (
     LigerFusedLinearCrossEntropyLoss as LigerFusedLinearCrossEntropyLoss,
 )
 from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD as LigerFusedLinearJSD
+from liger_kernel.transformers.fused_linear_kl_div import LigerFusedLinearKLDivLoss as LigerFusedLinearKLDivLoss
 from liger_kernel.transformers.geglu import LigerGEGLUMLP as LigerGEGLUMLP
 from liger_kernel.transformers.jsd import LigerJSD as LigerJSD
 from liger_kernel.transformers.kl_div import LigerKLDIVLoss as LigerKLDIVLoss

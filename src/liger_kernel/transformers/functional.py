@@ -17,6 +17,7 @@ __all__, __getattr__ = lazy_names(
         f"{_OPS}.fused_add_rms_norm": ("liger_fused_add_rms_norm",),
         f"{_OPS}.fused_linear_cross_entropy": ("liger_fused_linear_cross_entropy",),
         f"{_OPS}.fused_linear_jsd": ("liger_fused_linear_jsd",),
+        f"{_OPS}.fused_linear_kl_div": ("liger_fused_linear_kl_div",),
         f"{_OPS}.fused_linear_scaled_cross_entropy": ("liger_fused_linear_logprobs",),
         f"{_OPS}.gated_rms_norm": ("liger_gated_rms_norm",),
         f"{_OPS}.geglu": ("liger_geglu",),
@@ -33,7 +34,7 @@ __all__, __getattr__ = lazy_names(
         f"{_OPS}.tvd": ("liger_tvd",),
     },
     not_built=(
-        "liger_attn_res", "liger_fused_linear_kl_div",
+        "liger_attn_res",
         "liger_fused_linear_scaled_cross_entropy_tp", "liger_fused_neighborhood_attention",
         "liger_mhc_apply", "liger_mhc_coeffs", "liger_mhc_forward",
         "liger_mhc_post_res", "liger_mhc_pre", "liger_modulated_rms_norm", "liger_multi_token_attention",
