@@ -13,7 +13,17 @@ import triton.language as tl
 
 from liger_kernel.backends import device_of
 from liger_kernel.ops.core import Kernels
-from liger_kernel.ops.kernels.blocks import cdiv, index, int64, is_wide, launch, power_of_2_from, programs_for, tanh
+from liger_kernel.ops.kernels.blocks import (
+    cdiv,
+    in_units,
+    index,
+    int64,
+    is_wide,
+    launch,
+    power_of_2_from,
+    programs_for,
+    tanh,
+)
 
 # Kernels: Capital = memory, lower case = registers, ALL_CAPS = compile time.
 
@@ -200,8 +210,9 @@ def liger_cross_entropy_kernel(
                 tl.store(dX + d_base + cols, dz.to(dX.dtype.element_ty), mask=mask, cache_modifier=".cs")
 
 
-@triton.jit(do_not_specialize=["n_tiles"])
-def _scale_kernel(X, Factor, n_tiles, N, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+@triton.jit(do_not_specialize=["n_tiles", "n_units"])
+def _scale_kernel(X, Factor, n_tiles, n_units, UNIT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    N = index(n_units, WIDE) * UNIT
     factor = tl.load(Factor).to(tl.float32)
     if factor != 1.0:
         for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
@@ -277,8 +288,9 @@ def cross_entropy_backward(dx, factor):
         block = 4096
         n_tiles = cdiv(dx.numel(), block)
         programs = min(programs_for(n_tiles, dx.device), 8 * device_of(dx.device).cores(dx.device))
+        n_units, unit = in_units(dx.numel())
         launch(
-            _scale_kernel, programs, dx.device, dx, factor, n_tiles, dx.numel(), BLOCK=block,
+            _scale_kernel, programs, dx.device, dx, factor, n_tiles, n_units, UNIT=unit, BLOCK=block,
             WIDE=is_wide(dx.numel()), num_warps=8,
         )  # fmt: skip
     return dx
