@@ -15,8 +15,15 @@ from liger_kernel.ops import EXPORTS, core
 FULL = ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx90a", "gfx950", "gfx1100")
 # Bytes of shared memory that a program may take: of an AMD compute unit, and of the NVIDIA ones with the least (8.6).
 SHARED = {"gfx": 65536, "sm_": 101376}
-# Bytes of stack, where a long row is held in registers but for these, and read once in return.
-SPILLS = {"sm_90 softmax 8192x32768 _backward_kernel": 48}
+# Bytes of stack (registers on AMD) at most, where a tile is held in registers but for these, and read once in return.
+SPILLS = {
+    "softmax 8192x32768 _backward_kernel": 48,
+    "layer_norm 2048x65536 _backward_kernel": 32,
+    "rms_norm 2048x65536 _backward_kernel": 8,
+    "rms_norm 512x262144 _backward_kernel": 8,
+    "rope 4x4096x(128+1)x64 deinterleaved _rope_kernel": 8,
+    "fused_add_rms_norm 16384x4096 _backward_kernel": 2,
+}
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -37,7 +44,7 @@ def assert_fits(target, *arguments):
     for name, spilled, shared, warps in launches:
         assert int(shared) <= SHARED[target[:3]], name
         assert int(warps) * width <= 1024, f"{name}: {warps} warps of {width}"
-        assert " case " in name or int(spilled) <= SPILLS.get(name, 0), f"{name} spills {spilled}"
+        assert " case " in name or int(spilled) <= SPILLS.get(name.split(maxsplit=1)[1], 0), f"{name} spills {spilled}"
 
 
 @needs_triton
