@@ -11,6 +11,7 @@ EXPORTS: dict[str, tuple[str, ...]] = {
         "fused_add_rms_norm_backward",
         "fused_add_rms_norm_forward",
     ),
+    "fused_ce_tvd": ("LigerFusedCETVDFunction", "fused_ce_tvd_backward", "fused_ce_tvd_forward"),
     "fused_linear_cross_entropy": (
         "LigerFusedLinearCrossEntropyFunction",
         "fused_linear_cross_entropy_backward",
@@ -51,7 +52,6 @@ FORMS: dict[str, tuple[str, ...]] = {
 NOT_BUILT = (
     "LigerAttnResFunction", "attn_res_backward", "attn_res_forward",
     "LigerEmbeddingFunction",
-    "LigerFusedCETVDFunction", "fused_ce_tvd_backward", "fused_ce_tvd_forward",
     "LigerFusedLinearScaledCrossEntropyTPFunction",
     "LigerFusedNeighborhoodAttentionFunction",
     "LigerMHCCoeffsFunction", "LigerMHCPostResFunction", "LigerMHCPreFunction",

@@ -13,6 +13,7 @@ _MODULES = {
     f"{_HERE}.cross_entropy": ("LigerCrossEntropyLoss",),
     f"{_HERE}.dyt": ("LigerDyT",),
     f"{_HERE}.fused_add_rms_norm": ("LigerFusedAddRMSNorm",),
+    f"{_HERE}.fused_ce_tvd": ("LigerFusedCETVDLoss",),
     f"{_HERE}.fused_linear_cross_entropy": ("LigerFusedLinearCrossEntropyLoss",),
     f"{_HERE}.fused_linear_jsd": ("LigerFusedLinearJSD",),
     f"{_HERE}.fused_linear_kl_div": ("LigerFusedLinearKLDivLoss",),
@@ -42,7 +43,6 @@ _ENGINE = {  # these need transformers
     f"{_HERE}.patch": ("apply_liger_kernel", "revert_liger_kernel"),
 }
 _NOT_BUILT = (
-    "LigerFusedCETVDLoss",
     "LigerMHC",
     "LigerModulatedRMSNorm",
     "LigerMultiTokenAttention",

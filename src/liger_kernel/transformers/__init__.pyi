@@ -6,6 +6,7 @@ from liger_kernel.transformers.auto_model import AutoLigerKernelForCausalLM as A
 from liger_kernel.transformers.cross_entropy import LigerCrossEntropyLoss as LigerCrossEntropyLoss
 from liger_kernel.transformers.dyt import LigerDyT as LigerDyT
 from liger_kernel.transformers.fused_add_rms_norm import LigerFusedAddRMSNorm as LigerFusedAddRMSNorm
+from liger_kernel.transformers.fused_ce_tvd import LigerFusedCETVDLoss as LigerFusedCETVDLoss
 from liger_kernel.transformers.fused_linear_cross_entropy import (
     LigerFusedLinearCrossEntropyLoss as LigerFusedLinearCrossEntropyLoss,
 )
