@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
+from liger_kernel.transformers import apply_liger_kernel  # noqa: E402
 from models import matrix, tiny  # noqa: E402
 
 from support import release_ropes  # noqa: E402
@@ -66,6 +68,30 @@ def check(model_type):
 @pytest.mark.parametrize("model_type", [t for t in SAMPLE if t in known_types()])
 def test_a_type_of_the_sample_is_patched_as_the_page_says_and_trains_the_same(model_type):
     check(model_type)
+
+
+WITH_PICTURES = """
+    cohere2_vision gemma3 glm4v glm4v_moe internvl llava paligemma qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe
+"""
+WITH_VIDEOS = "qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe"  # the others write time stamps between the frames
+
+
+@pytest.mark.parametrize("video", [False, True], ids=["image", "video"])
+@pytest.mark.parametrize("model_type", WITH_PICTURES.split())
+def test_a_model_that_sees_trains_the_same_through_its_vision_tower(model_type, video):
+    if video and model_type not in WITH_VIDEOS.split():
+        pytest.skip("takes no videos")
+    model = tiny.tiny(model_type)
+    with torch.no_grad():
+        for p in filter(lambda p: not p.any(), model.parameters()):
+            p.normal_(0, 0.02)  # Gemma 3's projection is 0 at first, and so were the tower's gradients
+    inputs = tiny.pictures(model, video)
+    wanted = matrix.run(model, inputs)
+    assert any("vis" in name and g.any() for name, g in wanted[1].items())
+    report = apply_liger_kernel(model)
+    assert not report.left and any("vis" in r.module for r in report.patched)
+    loss, gradient = matrix.difference(matrix.run(model, inputs), wanted)
+    assert loss <= matrix.LOSS and gradient <= matrix.GRADIENT
 
 
 @pytest.mark.slow

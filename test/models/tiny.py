@@ -75,6 +75,7 @@ OVERRIDES: dict[str, dict] = {
     "dots3_note_audio_encoder": dict(adapter_input_size=64),
     "dots3_note_vision_encoder": dict(adapter_in_dim=64, mlp_layer_types=["dense", "sparse"]),
     "ernie4_5_vl_moe_text": dict(rope_parameters=_MROPE["rope_parameters"] | dict(mrope_section=[3, 3, 2])),
+    "gemma3": dict(mm_tokens_per_image=4),
     "gemma3n_text": dict(intermediate_size=96),
     "git_vision_model": dict(image_size=16),
     "glm4v_moe_text": _MROPE_HALF,
@@ -91,6 +92,7 @@ OVERRIDES: dict[str, dict] = {
     "nemotron": dict(head_dim=HEAD_DIM, num_key_value_heads=KV_HEADS),
     "qwen4_exp_text": dict(indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=8,
                            indexer_compress_ratio=4),
+    "qwen2_5_vl_vision": dict(window_size=32),
     "reformer": dict(is_decoder=True, axial_pos_shape=[2, SEQ // 2], axial_pos_embds_dim=[32, 32]),
     "step3p5": dict(sliding_window=8),
     "udop": dict(decoder_start_token_id=0),
@@ -227,3 +229,34 @@ def text(model) -> dict:
     if model.config.model_type == "git":  # takes no labels without an image
         return dict(input_ids=ids, labels=labels, pixel_values=torch.randn(2, 3, 16, 16, generator=generator))
     return dict(input_ids=ids, labels=labels)
+
+
+def pictures(model, video: bool = False) -> dict:
+    """A batch of words around one image or video, with labels for the words."""
+    generator = torch.Generator().manual_seed(5)
+    config, vision = model.config, model.config.vision_config
+    token, named = config.video_token_id if video else getattr(config, "image_token_id", None), {}
+    token = config.image_token_index if token is None else token
+    if hasattr(vision, "temporal_patch_size"):  # patches of any number of images in a row, and where each one ends
+        grid = torch.tensor([[1, 2 * vision.spatial_merge_size, 2 * vision.spatial_merge_size]])
+        of_a_patch = vision.in_channels * _first(vision.temporal_patch_size) * _first(vision.patch_size) ** 2
+        pixels = torch.randn(int(grid.prod()), of_a_patch, generator=generator)
+        count = 4
+        named = {"video_grid_thw" if video else "image_grid_thw": grid}
+    else:
+        pixels = torch.randn(1, 3, _first(vision.image_size), _first(vision.image_size), generator=generator)
+        with torch.no_grad():
+            features = model.get_image_features(pixel_values=pixels)
+        features = getattr(features, "pooler_output", features)
+        count = sum(f.numel() // f.shape[-1] for f in ([features] if isinstance(features, torch.Tensor) else features))
+    ids = torch.randint(FIRST_WORD, VOCAB - 8, (1, SEQ + count), generator=generator)
+    ids[0, 2 : 2 + count] = token
+    named |= {"input_ids": ids, "labels": ids.masked_fill(ids == token, -100)}
+    named["pixel_values_videos" if video else "pixel_values"] = pixels
+    kinds = (ids == token).long() * (2 if video else 1)
+    parameters = inspect.signature(model.forward).parameters
+    return named | {n: kinds for n in ("mm_token_type_ids", "token_type_ids") if n in parameters}
+
+
+def _first(size) -> int:
+    return size[0] if isinstance(size, (list, tuple)) else size
