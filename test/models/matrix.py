@@ -49,15 +49,15 @@ class Entry:
         return self.loss is not None and self.loss <= LOSS and self.gradient <= GRADIENT
 
 
-def measure(model_type: str) -> Entry:
+def measure(model_type: str, device: str = "cpu") -> Entry:
     """Build, run, patch and run again; what the model's own code cannot do is the entry's error."""
     entry = Entry(model_type)
     start = time.time()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = tiny.tiny(model_type)
-            inputs = tiny.text(model)
+            model = tiny.tiny(model_type).to(device)
+            inputs = {name: t.to(device) for name, t in tiny.text(model).items()}
             wanted, again = run(model, inputs), run(model, inputs)
     except Exception as problem:
         entry.error = " ".join(f"{type(problem).__name__}: {problem}".split())[:160]
@@ -213,7 +213,7 @@ def reasons(by_type: dict[str, list[str]]) -> list[str]:
 
 
 def main(arguments: list[str]) -> None:
-    """TYPE...: print their entries as JSON. --write PATH: measure every type and write the page."""
+    """TYPE...: print their entries as JSON, with --on DEVICE first: measured there. --write PATH: write the page."""
     logging.disable(logging.WARNING)
     if arguments[:1] == ["--write"]:
         types = sorted({*tiny.causal_types(), *tiny.multimodal_types()} - tiny.TOO_LARGE)
@@ -223,8 +223,11 @@ def main(arguments: list[str]) -> None:
             entries.append(measure(model_type))
         Path(arguments[1]).write_text(page(entries))
         return
-    for model_type in arguments:
-        print(json.dumps(dataclasses.asdict(measure(model_type))), flush=True)
+    device = "cpu"
+    if arguments[:1] == ["--on"]:
+        _, device, *arguments = arguments
+    for model_type in arguments or sorted({*tiny.causal_types(), *tiny.multimodal_types()} - tiny.TOO_LARGE):
+        print(json.dumps(dataclasses.asdict(measure(model_type, device))), flush=True)
 
 
 if __name__ == "__main__":
