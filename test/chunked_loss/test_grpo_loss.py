@@ -125,6 +125,16 @@ def test_each_way_through_the_engine_on_each_implementation(budget, level, given
     assert_same(fused(**options), formula(**options), given)
 
 
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_gradients_left_to_the_backward_as_on_a_gpu(budget, given, impl, monkeypatch):
+    from liger_kernel.ops import head_groups
+
+    monkeypatch.setenv("LIGER_KERNEL_WORKSPACE_MB", BUDGETS[budget])
+    run = head_groups.run
+    monkeypatch.setattr(head_groups, "run", lambda *a, **k: run(*a[:4], True, *a[5:], **k))
+    assert_same(fused(), formula(), given)
+
+
 OPTIONS = [
     dict(beta=0.0), dict(beta=0.5), dict(epsilon_low=0.05), dict(epsilon_high=0.05), dict(temperature=0.7),
     dict(delta=1.1), dict(use_bias_correction_kl=True, beta=2.0), dict(softcap=2.0), dict(logit_scale=0.3),

@@ -7,7 +7,7 @@ import torch
 from liger_kernel.ops import head, head_groups
 from liger_kernel.ops.core import kernels
 from liger_kernel.ops.head_groups import Batch, Outcome
-from liger_kernel.ops.row_loss import GradAware, RowLoss, check_target
+from liger_kernel.ops.row_loss import RECOMPUTED, GradAware, RowLoss, Stats, check_target
 
 IGNORE_INDEX = -100
 
@@ -21,14 +21,15 @@ class HeadLoss(GradAware):
     PLACES = (0, 1, 3)
 
     @classmethod
-    def solve(cls, ctx, batch: Batch, objective, sides, couples_batch=False, fields=()) -> Outcome:
+    def solve(cls, ctx, batch: Batch, objective, sides, late=False, fields=()) -> Outcome:
         """The outcome of head_groups.run, which the backward continues."""
         needs = tuple(ctx.needs_input_grad[place] for place in cls.PLACES)
         ctx.needs = *needs[:2], batch.bias is not None and needs[2]
-        outcome = head_groups.run(batch, objective, sides, ctx.needs, couples_batch, fields)
+        outcome = head_groups.run(batch, objective, sides, ctx.needs, late, fields)
         ctx.places, ctx.grads, ctx.spent = cls.PLACES, outcome.grads, False
         if outcome.d_log_prob is not None:
-            ctx.save_for_backward(batch.hidden, batch.weight, batch.bias, batch.target, outcome.d_log_prob)
+            kept = (getattr(outcome.stats, field) for field in RECOMPUTED)
+            ctx.save_for_backward(batch.hidden, batch.weight, batch.bias, batch.target, outcome.d_log_prob, *kept)
             ctx.constants = batch.loss, batch.dtype
         return outcome
 
@@ -38,8 +39,9 @@ class HeadLoss(GradAware):
             d_loss = d_loss[0]
         found = [None] * len(ctx.needs_input_grad)
         if ctx.saved_tensors:
-            *inputs, d_log_prob = ctx.saved_tensors
-            grads = head_groups.backward(Batch(*inputs, *ctx.constants), d_log_prob * d_loss, ctx.needs)
+            *inputs, d_log_prob, nll, top, log_sum = ctx.saved_tensors
+            stats = Stats(nll, nll=nll, top=top, log_sum=log_sum)
+            grads = head_groups.backward(Batch(*inputs, *ctx.constants), d_log_prob * d_loss, stats, ctx.needs)
         elif ctx.spent:
             raise RuntimeError("a second backward through the same graph: the gradients were handed out by the first")
         else:

@@ -21,7 +21,7 @@ import torch
 from liger_kernel.ops import head
 from liger_kernel.ops.core import kernels, wide
 from liger_kernel.ops.head import MIB, WeightSum, chunk_rows, empty_chunk, environment_bytes, pitch, project
-from liger_kernel.ops.row_loss import FIELDS, Given, RowLoss, Stats, empty_stats, is_early
+from liger_kernel.ops.row_loss import FIELDS, RECOMPUTED, Given, RowLoss, Stats, empty_stats, is_early
 
 # Bytes of a group's logits at most: on a GPU those of a pair of 2048 tokens over 128k classes in 16 bits.
 GROUP = {"cpu": 256 * MIB, "gpu": 1024 * MIB}
@@ -61,6 +61,7 @@ class Outcome:
     mean: torch.Tensor | None  # of the logits, likewise
     grads: tuple[torch.Tensor | None, ...] | None = None  # of hidden, weight and bias
     d_log_prob: torch.Tensor | None = None  # (B, L), where those are left to the backward
+    stats: Stats | None = None  # of the rows, which it needs then
 
 
 @torch.no_grad()
@@ -69,22 +70,23 @@ def run(
     objective: Objective,
     sides: Mapping[str, torch.Tensor | None],
     needs: tuple[bool, bool, bool] = (False, False, False),
-    couples_batch: bool = False,
+    late: bool = False,
     fields: tuple[str, ...] = (),
     workspace_bytes: int | None = None,
 ) -> Outcome:
     """The loss and the gradients of (hidden, weight, bias) that `needs` asks for, or what backward() needs for them.
 
-    sides: tensors with an entry per unit, of which the objective gets the same units as of log_prob. couples_batch: it
-    needs all units at once. fields: ("mean",) for the mean logits.
+    sides: tensors with an entry per unit, of which the objective gets the same units as of log_prob. late: leave the
+    gradients to backward(): where the objective needs all units at once, and where memory counts more than a quarter of
+    the time, as no sum of V x H is kept in fp32 then. fields: ("mean",) for the mean logits.
     """
     found = empty_stats(batch.target.numel(), batch.target.device, wide(batch.dtype), fields)
     each = group_units(batch, workspace_bytes)
     grads = d_log_prob = None
-    if any(needs) and is_early("mean", batch.dtype) and not couples_batch and each > 0:
+    if any(needs) and is_early("mean", batch.dtype) and not late and each > 0:
         grads = _grouped(batch, objective, sides, needs, found, each)
     else:
-        found = row_stats(batch, fields, workspace_bytes)
+        found = row_stats(batch, (*fields, *RECOMPUTED) if any(needs) else fields, workspace_bytes)
     log_prob = batch.units(found.loss.neg().view(batch.target.shape))
     mean = None if found.mean is None else batch.units(found.mean.view(batch.target.shape))
     if any(needs) and grads is None:
@@ -92,7 +94,7 @@ def run(
         d_log_prob = d_log_prob.transpose(0, 1).reshape(batch.target.shape)
     else:
         loss, aux = objective(log_prob, **sides)
-    return Outcome(loss, aux, log_prob, mean, grads, d_log_prob)
+    return Outcome(loss, aux, log_prob, mean, grads, d_log_prob, found)
 
 
 def row_stats(batch: Batch, fields: tuple[str, ...] = (), workspace_bytes: int | None = None) -> Stats:
@@ -104,13 +106,14 @@ def row_stats(batch: Batch, fields: tuple[str, ...] = (), workspace_bytes: int |
     )[0]  # fmt: skip
 
 
-def backward(batch: Batch, d_log_prob: torch.Tensor, needs, workspace_bytes: int | None = None):
+def backward(batch: Batch, d_log_prob: torch.Tensor, stats: Stats, needs, workspace_bytes: int | None = None):
     """The gradients of (hidden, weight, bias) for the gradient (B, L) that arrives at each log-probability."""
     hidden = batch.hidden.reshape(-1, batch.hidden.shape[-1])
     given = Given(batch.target.reshape(-1).contiguous(), factor=d_log_prob.reshape(-1).neg())
-    _, d_hidden, *rest = head.run(
-        hidden, batch.weight, batch.bias, given, batch.loss, (), needs, batch.dtype, None, workspace_bytes
-    )
+    d_hidden, *rest = kernels("head_slabs", hidden).forward(
+        hidden, batch.weight, batch.bias, given, batch.loss, stats=stats, needs=needs, dtype=batch.dtype,
+        workspace_bytes=workspace_bytes,
+    )  # fmt: skip
     return None if d_hidden is None else d_hidden.view(batch.hidden.shape), *rest
 
 
@@ -147,14 +150,15 @@ def _grouped(batch, objective, sides, needs, found, each):
     if needs[2]:
         d_bias = torch.zeros(n_classes, dtype=wide(batch.dtype), device=device)
     room = empty_chunk(min(each, n_units) * unit[0] * unit[1], n_classes, batch.dtype, device)
-    pair, wanted = kernels("cross_entropy", batch.hidden), [f for f in FIELDS[1:] if found[f] is not None]
+    pair, slabs = kernels("cross_entropy", batch.hidden), kernels("head_slabs", batch.hidden)
+    wanted = [f for f in FIELDS[1:] if found[f] is not None]
     for i in range(0, n_units, each):
         j = min(i + each, n_units)
         h, y = hidden[i:j].reshape(-1, width).to(batch.dtype).contiguous(), target[i:j].reshape(-1)
         kept = live_rows(y, batch.loss)
         if kept is not None:
             h, y = h[kept], y[kept]
-        logits, stats = room[: h.shape[0]], empty_stats(h.shape[0], device, wide(batch.dtype), wanted)
+        logits, stats = room[: h.shape[0]], empty_stats(h.shape[0], device, wide(batch.dtype), (*wanted, *RECOMPUTED))
         project(h, w, b, logits)
         pair.forward(logits, Given(y), batch.loss, stats, None)
         for name in ("loss", *wanted):
@@ -162,7 +166,7 @@ def _grouped(batch, objective, sides, needs, found, each):
         part = {name: side if side is None else side[i:j] for name, side in sides.items()}
         d = derived(objective, -found["loss"][i:j], part)[2].reshape(-1)
         given = Given(y, factor=(d if kept is None else d[kept]).neg())
-        pair.forward(logits, given, batch.loss, Stats(stats.loss), logits)
+        slabs.backward(logits, given, batch.loss, stats, 0, n_classes)
         if d_hidden is not None:
             batch.units(d_hidden)[i:j] = spread(torch.mm(logits, w), kept, hidden[i:j])
         if d_weight is not None:
