@@ -1,6 +1,7 @@
 """Sharding engines under one interface, and what a model trained with each becomes."""
 
 import functools
+import importlib
 
 import torch
 from torch import distributed as dist
@@ -188,9 +189,12 @@ class Zero(Plain):
     def __init__(self, model, stage):
         import deepspeed
 
+        if rank_device().type == "cpu":  # where it would compile C++ first; gloo serves as well
+            importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
         config = {
             "train_micro_batch_size_per_gpu": 2,
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "gradient_clipping": 0.0,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }

@@ -23,7 +23,10 @@ EXPORTS: dict[str, tuple[str, ...]] = {
         "fused_linear_kl_div_backward",
         "fused_linear_kl_div_forward",
     ),
-    "fused_linear_scaled_cross_entropy": ("LigerFusedLinearScaledCrossEntropyFunction",),
+    "fused_linear_scaled_cross_entropy": (
+        "LigerFusedLinearScaledCrossEntropyFunction",
+        "LigerFusedLinearScaledCrossEntropyTPFunction",
+    ),
     "gated_rms_norm": ("GatedRMSNormFunction",),
     "geglu": ("LigerGELUMulFunction", "geglu_backward", "geglu_forward"),
     "group_norm": ("LigerGroupNormFunction", "group_norm_backward", "group_norm_forward"),
@@ -45,6 +48,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "llama4_rope": ("LigerLlama4RopeFunction",),
     "mlp": ("LigerMLPFunction",),
     "qwen2vl_mrope": ("LigerQwen2VLMRopeFunction",),
+    "vocab_parallel_cross_entropy": ("LigerVocabParallelCEFunction",),
     "tiled_mlp": ("LigerTiledMLPFunction", "apply_tiled_mlp"),
 }
 
@@ -52,14 +56,12 @@ FORMS: dict[str, tuple[str, ...]] = {
 NOT_BUILT = (
     "LigerAttnResFunction", "attn_res_backward", "attn_res_forward",
     "LigerEmbeddingFunction",
-    "LigerFusedLinearScaledCrossEntropyTPFunction",
     "LigerFusedNeighborhoodAttentionFunction",
     "LigerMHCCoeffsFunction", "LigerMHCPostResFunction", "LigerMHCPreFunction",
     "LigerModulatedRMSNormFunction", "modulated_rms_norm_backward", "modulated_rms_norm_forward",
     "LigerMultiTokenAttentionFunction",
     "LigerPolyNormFunction", "poly_norm_backward", "poly_norm_forward",
     "LigerSparsemaxFunction",
-    "LigerVocabParallelCEFunction",
 )  # fmt: skip
 
 PARTS = ("head_slabs", "weight_sum")  # pairs inside the head's engine

@@ -133,7 +133,37 @@ class LigerFusedLinearScaledCrossEntropyFunction:
         return (-outputs.log_prob, outputs.entropy) if return_entropy else -outputs.log_prob
 
 
+class LigerFusedLinearScaledCrossEntropyTPFunction:
+    """apply(_input, weight, target, tp_group, temperature=1.0, ignore_index=-100, tiles_per_reduce=1,
+    return_entropy=False) -> nll, or (nll, entropy), each of target's shape and differentiable.
+
+    weight is this rank's part of a vocabulary that is split among tp_group; see liger_vocab_parallel_logprobs.
+    """
+
+    @staticmethod
+    def apply(
+        _input, weight, target, tp_group, temperature=1.0, ignore_index=-100, tiles_per_reduce=1, return_entropy=False
+    ):
+        """tiles_per_reduce has no effect: the ranks meet once for all tokens."""
+        from liger_kernel.ops.vocab_parallel_head import liger_vocab_parallel_logprobs
+
+        outputs = liger_vocab_parallel_logprobs(
+            _input, weight, target, group=tp_group, temperature=temperature, ignore_index=ignore_index,
+            return_entropy=return_entropy,
+        )  # fmt: skip
+        return (-outputs.log_prob, outputs.entropy) if return_entropy else -outputs.log_prob
+
+
 # Functional
+
+
+def liger_fused_linear_scaled_cross_entropy_tp(
+    input, weight, target, tp_group, temperature=1.0, ignore_index=-100, tiles_per_reduce=1, return_entropy=False
+):
+    """The functional form of LigerFusedLinearScaledCrossEntropyTPFunction."""
+    return LigerFusedLinearScaledCrossEntropyTPFunction.apply(
+        input, weight, target, tp_group, temperature, ignore_index, tiles_per_reduce, return_entropy
+    )
 
 
 def liger_fused_linear_logprobs(

@@ -36,6 +36,7 @@ _MODULES = {
     ),
     f"{_HERE}.tiled_mlp": ("LigerTiledGEGLUMLP", "LigerTiledSwiGLUMLP"),
     f"{_HERE}.tvd": ("LigerTVDLoss",),
+    f"{_HERE}.vocab_parallel_cross_entropy": ("LigerVocabParallelCrossEntropy",),
 }  # fmt: skip
 _ENGINE = {  # these need transformers
     f"{_HERE}.auto_model": ("AutoLigerKernelForCausalLM",),
@@ -48,7 +49,6 @@ _NOT_BUILT = (
     "LigerMultiTokenAttention",
     "LigerPolyNorm",
     "LigerSparsemax",
-    "LigerVocabParallelCrossEntropy",
 )
 
 __all__, _resolve = _lazy.lazy_names(__name__, _MODULES | _ENGINE, _NOT_BUILT)

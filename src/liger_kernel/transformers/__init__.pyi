@@ -46,6 +46,9 @@ from liger_kernel.transformers.swiglu import LigerSwiGLUMLPForMuseGlimmer as Lig
 from liger_kernel.transformers.tiled_mlp import LigerTiledGEGLUMLP as LigerTiledGEGLUMLP
 from liger_kernel.transformers.tiled_mlp import LigerTiledSwiGLUMLP as LigerTiledSwiGLUMLP
 from liger_kernel.transformers.tvd import LigerTVDLoss as LigerTVDLoss
+from liger_kernel.transformers.vocab_parallel_cross_entropy import (
+    LigerVocabParallelCrossEntropy as LigerVocabParallelCrossEntropy,
+)
 
 def is_transformers_available() -> bool: ...
 def apply_liger_kernel_to_deepseek_v2(
