@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+from liger_kernel.ops.fused_moe import LigerFusedMoEFunction, _ToExperts
 from liger_kernel.ops.mlp import LigerMLPFunction
 from liger_kernel.ops.tiled_mlp import LigerTiledMLPFunction, apply_tiled_mlp
 from liger_kernel.transformers import (
@@ -66,6 +66,16 @@ def test_experts_are_as_exact_as_torch(case, dtype, device):
     assert ours[0].dtype is dtype
     # the weights of the experts multiply fp32 here, dtype there: their gradient is compared in fp32
     assert_as_good_as_torch(ours, theirs, truth, dtype, case)
+
+
+def test_gradients_that_a_grouped_product_left_unwritten_reach_no_token(device):
+    x = torch.randn(2, 4, device=device, requires_grad=True)
+    order = torch.tensor([0, 2, 1, 3], device=device)  # slots 1 and 3 are elsewhere, so theirs are the last rows
+    elsewhere = torch.tensor([False, True, False, True], device=device)
+    gradient = torch.ones(4, 4, device=device)
+    gradient[2:] = float("nan")
+    _ToExperts.apply(x, order, order.argsort(), elsewhere, 2).backward(gradient)
+    assert torch.equal(x.grad, torch.ones_like(x))
 
 
 def test_experts_are_transformers_5s(device):

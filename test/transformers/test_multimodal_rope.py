@@ -99,7 +99,8 @@ def test_sections_of_interleaved_pairs_are_glm4vs(impl, device):
     ours = LigerRopeFunction.apply(q, k, cos, sin, None, 1, 16, False, "interleaved", SECTIONS)
     theirs = LigerRopeFunction.apply(q, k, *wide, None, 1, None, False, "interleaved")
     for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a, b)
+        # two forms of one kernel: a GPU may contract the product and the sum in one and not in the other
+        torch.testing.assert_close(a, b, rtol=0, atol=0 if device.type == "cpu" else 1e-6)
 
 
 def test_helpers_have_upstreams_results(impl, device):

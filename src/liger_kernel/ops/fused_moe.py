@@ -19,18 +19,22 @@ from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction
 
 
 class _ToExperts(torch.autograd.Function):
-    """x (T, H) -> (T K, H), row i being that of slot order[i]; inverse undoes order."""
+    """x (T, H) -> (T K, H), row i being that of slot order[i]; inverse undoes order.
+
+    elsewhere (T K,) marks the slots of no expert: a grouped product leaves the gradients of their rows unwritten.
+    """
 
     @staticmethod
-    def forward(ctx, x, order, inverse, top_k):
-        ctx.save_for_backward(inverse)
+    def forward(ctx, x, order, inverse, elsewhere, top_k):
+        ctx.save_for_backward(inverse, elsewhere)
         ctx.top_k = top_k
         return x.index_select(0, order // top_k)
 
     @staticmethod
     def backward(ctx, dy):
-        (inverse,) = ctx.saved_tensors
-        return dy.index_select(0, inverse).view(-1, ctx.top_k, dy.shape[-1]).sum(1), None, None, None
+        inverse, elsewhere = ctx.saved_tensors
+        dy = dy.index_select(0, inverse).masked_fill_(elsewhere[:, None], 0.0)
+        return dy.view(-1, ctx.top_k, dy.shape[-1]).sum(1), None, None, None, None
 
 
 class _FromExperts(torch.autograd.Function):
@@ -80,7 +84,7 @@ class LigerFusedMoEFunction:
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         ends = torch.searchsorted(sorted_slots, torch.arange(experts, device=slots.device), right=True).to(torch.int32)
         grouped = _has_grouped_mm(x, (gate_up_proj, down_proj))
-        rows = _ToExperts.apply(x, order, inverse, top_k)
+        rows = _ToExperts.apply(x, order, inverse, slots == experts, top_k)
         product = LigerFusedGateUpSiLUMulFunction.apply(_by_group(rows, gate_up_proj, ends, grouped))
         y = _FromExperts.apply(_by_group(product, down_proj, ends, grouped), order, inverse)
         y = y.view(-1, top_k, x.shape[-1]).float() if x.dtype is not torch.float64 else y.view(-1, top_k, x.shape[-1])
