@@ -21,15 +21,15 @@ def contract_of(op):
     return importlib.import_module(f"liger_kernel.ops.{op}").CONTRACT
 
 
-def check(op, case, dtype):
+def check(op, case, dtype, times=1):
     contract = contract_of(op)
     truth_out, truth_grad, upstream = run(contract.reference, case, dtype=torch.float64)
     torch_out, torch_grad, _ = run(contract.reference, case, upstream)
     our_out, our_grad, _ = run(contract.call, case, upstream)
     assert [o.dtype for o in our_out] == [o.dtype for o in torch_out]
     what = f"{op} {case.kwargs} on {[tuple(a.shape) for a in case.args if isinstance(a, torch.Tensor)]}"
-    assert_as_good_as_torch(our_out, torch_out, truth_out, dtype, f"{what}: output")
-    assert_as_good_as_torch(our_grad, torch_grad, truth_grad, dtype, f"{what}: gradient")
+    assert_as_good_as_torch(our_out, torch_out, truth_out, dtype, f"{what}: output", times)
+    assert_as_good_as_torch(our_grad, torch_grad, truth_grad, dtype, f"{what}: gradient", times)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -11,6 +11,8 @@ from npu import ascend
 
 # fp16 is left out: it takes the paths of bf16, and each kernel costs a second to lower and to build.
 DTYPES = (torch.float32, torch.bfloat16)
+# How often torch's own error: the lowered loops add a row one element after the other, where a core adds halves.
+TIMES = 4
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -18,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 def test_matches_reference(op, dtype, npu, poisoned_memory):
     assert core._has_triton_pair(op) is (core.resolve(op, "npu").source == "triton")
     for case in contract_of(op).cases(dtype, npu):
-        check(op, case, dtype)
+        check(op, case, dtype, TIMES)
 
 
 def test_this_process_has_an_ascend():
