@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 TRANSFORMERS_457 := .deps/transformers-4.57
 TRANSFORMERS_500 := .deps/transformers-5.0
+ENGINES := .deps/engines
+export LIGER_TEST_ENGINES := $(CURDIR)/$(ENGINES)
 export LIGER_TEST_TRANSFORMERS_457 := $(CURDIR)/$(TRANSFORMERS_457)
 export LIGER_TEST_TRANSFORMERS_500 := $(CURDIR)/$(TRANSFORMERS_500)
 TRL := .deps/trl
@@ -21,10 +23,10 @@ NPU := .deps/npu
 demo: $(VENV)/.train
 	$(BIN)/liger-kernel demo
 
-test: lint $(TRANSFORMERS_457)/.done $(TRL)/.done
+test: lint $(TRANSFORMERS_457)/.done $(ENGINES)/.done $(TRL)/.done
 	$(BIN)/pytest test -n auto -m "not slow" --ignore=test/npu
 
-test-full: lint $(TRANSFORMERS_457)/.done $(TRANSFORMERS_500)/.done $(TRL)/.done
+test-full: lint $(TRANSFORMERS_457)/.done $(ENGINES)/.done $(TRANSFORMERS_500)/.done $(TRL)/.done
 	$(BIN)/pytest test -n auto --ignore=test/npu
 
 # triton-ascend takes over the name triton, so it lies in a folder of its own, before the others.
@@ -71,4 +73,11 @@ $(TRANSFORMERS_500)/.done: $(VENV)/.dev
 	rm -rf $(TRANSFORMERS_500)
 	$(BIN)/pip install -qq --no-deps --target $(TRANSFORMERS_500) 'transformers==5.0.0' 'tokenizers==0.22.1' \
 		'huggingface_hub>=1.3,<2' 'hf-xet>=1.1.3,<2' httpx httpcore h11 anyio sniffio idna certifi shellingham typer-slim
+	touch $@
+
+# DeepSpeed and Megatron-Core for the tests on two ranks: without what they bring that the tests do not need.
+$(ENGINES)/.done: $(VENV)/.dev
+	rm -rf $(ENGINES)
+	DS_BUILD_OPS=0 $(BIN)/pip install -qq --no-deps --target $(ENGINES) 'deepspeed>=0.19,<0.20' 'megatron-core>=0.16,<0.20' \
+		hjson py-cpuinfo msgpack einops pydantic pydantic-core typing-inspection annotated-types
 	touch $@
