@@ -35,18 +35,22 @@ def outcome(run, given, dtype, upstream=1.7):
     return loss.detach(), metrics, torch.autograd.grad(loss * upstream, wanted)
 
 
-def assert_close(ours, truth, what, rtol=FP32, floor=1e-2):
+def assert_close(ours, truth, what, rtol=FP32, floor=1e-2, own=None):
+    """own: the formula in fp32; where it is further off than rtol, twice its error: another draw of its noise."""
     assert ours.shape == truth.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(truth.shape)}"
     assert not ours.isnan().any(), f"{what}: NaN"
     if ours.numel():
         error, size = (ours.double() - truth.double()).abs().max().item(), truth.abs().max().item()
-        assert error <= rtol * max(size, floor), f"{what}: error {error:.2e} of {size:.2e}"
+        allowed = rtol * max(size, floor)
+        if error > allowed and own is not None:
+            allowed = max(allowed, 2 * (own().double() - truth.double()).abs().max().item())
+        assert error <= allowed, f"{what}: error {error:.2e} of {size:.2e}, {allowed:.2e} allowed"
 
 
 def assert_same(run, formula, given, rtol=FP32):
     """Loss, every metric and every gradient of an fp32 run are those of the formula in fp64."""
     truth, found = outcome(formula, given, torch.float64), outcome(run, given, torch.float32)
-    assert_close(found[0], truth[0], "loss", rtol)
+    assert_close(found[0], truth[0], "loss", rtol, own=lambda: outcome(formula, given, torch.float32)[0])
     assert len(found[1]) == len(truth[1])
     for i, (ours, other) in enumerate(zip(found[1], truth[1], strict=True)):
         assert not ours.requires_grad

@@ -58,11 +58,11 @@ def fused(kind, **options):
 @pytest.fixture
 def given(device):
     """Two sequences of 7 tokens, a teacher of another width, a masked prompt."""
-    target = torch.randint(4, 101, (2, 7), device=device)
+    target = torch.randint(4, 101, (2, 7)).to(device)
     target[:, :2] = -100
     made = dict(hidden=(2, 7, 16), weight=(101, 16), bias=(101,), teacher_hidden=(2, 7, 8), teacher_weight=(101, 8),
                 teacher_bias=(101,))  # fmt: skip
-    return {name: torch.randn(shape, device=device) for name, shape in made.items()} | {"target": target}
+    return {name: torch.randn(shape).to(device) for name, shape in made.items()} | {"target": target}
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

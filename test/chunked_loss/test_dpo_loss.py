@@ -89,11 +89,11 @@ def fused(**options):
 @pytest.fixture
 def given(device):
     """Three pairs of 7 tokens, each half of a batch with a masked prompt and masked ends."""
-    target = torch.randint(0, 101, (6, 7), device=device)
+    target = torch.randint(0, 101, (6, 7)).to(device)
     target[:, :2], target[1, 5:] = -100, -100
     made = dict(hidden=(6, 7, 16), weight=(101, 16), bias=(101,), ref_hidden=(6, 7, 8), ref_weight=(101, 8),
                 ref_bias=(101,))  # fmt: skip
-    return {name: torch.randn(shape, device=device) for name, shape in made.items()} | {"target": target}
+    return {name: torch.randn(shape).to(device) for name, shape in made.items()} | {"target": target}
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

@@ -98,8 +98,8 @@ def fused(**options):
 def given(device):
     """Four completions of at most 7 tokens, two of them shorter, old and reference policies not far away."""
     made = dict(hidden=(4, 7, 16), weight=(101, 16), bias=(101,), old=(4, 7), ref=(4, 7))
-    given = {name: torch.randn(shape, device=device) * 0.5 for name, shape in made.items()}
-    ids = torch.randint(0, 101, (4, 7), device=device)
+    given = {name: torch.randn(shape).to(device) * 0.5 for name, shape in made.items()}
+    ids = torch.randint(0, 101, (4, 7)).to(device)
     mask = torch.ones_like(ids)
     mask[1, 4:], mask[2, 1:] = 0, 0
     logps, _ = token_logps(given["hidden"], given["weight"], given["bias"], ids, mask != 0)
@@ -182,7 +182,7 @@ def test_every_input_changes_the_loss_as_it_changes_the_formula(change, kind, le
 def test_a_reference_model_in_place_of_its_log_probabilities(level, given):
     device = given["ids"].device
     made = dict(ref_hidden=(4, 7, 8), ref_weight=(101, 8), ref_bias=(101,))
-    given |= {"ref": None} | {name: torch.randn(shape, device=device) * 0.5 for name, shape in made.items()}
+    given |= {"ref": None} | {name: torch.randn(shape).to(device) * 0.5 for name, shape in made.items()}
     options = dict(importance_sampling_level=level, temperature=0.7)
     assert_same(fused(**options), formula(**options), given)
     for change in (dict(use_ref_model=False), {}):

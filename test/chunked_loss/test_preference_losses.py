@@ -88,12 +88,12 @@ def fused(kind, **options):
 
 
 def case(kind, device, rows=6):
-    target = torch.randint(4, 101, (rows, 7), device=device)
+    target = torch.randint(4, 101, (rows, 7)).to(device)
     target[:, :2], target[1, 5:] = -100, -100
     made = dict(hidden=(rows, 7, 16), weight=(101, 16), bias=(101,))
     if kind == "KTO":
         made |= dict(ref_hidden=(rows, 7, 8), ref_weight=(101, 8), ref_bias=(101,))
-    given = {name: torch.randn(shape, device=device) for name, shape in made.items()} | {"target": target}
+    given = {name: torch.randn(shape).to(device) for name, shape in made.items()} | {"target": target}
     if kind == "KTO":
         given |= {"labels": torch.arange(rows, device=device) % 3 == 0, "kl": torch.tensor(0.3, device=device)}
     return given

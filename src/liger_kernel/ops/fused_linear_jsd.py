@@ -190,10 +190,12 @@ def check_heads(student, teacher, op: str) -> None:
 
 def _case(rows, n_classes, dtype, device, labels=None, width=16, **options):
     make = dict(dtype=dtype, device=device)
-    x, w = torch.randn(rows, width, **make), torch.randn(n_classes, width, **make)
-    given = dict(
-        teacher_input=torch.randn(rows, width // 2, **make), teacher_weight=torch.randn(n_classes, width // 2, **make)
-    )
+
+    def side(width):  # logits of size 1
+        return torch.randn(rows, width, **make), torch.randn(n_classes, width, **make) / width**0.5
+
+    (x, w), teacher = side(width), side(width // 2)
+    given = dict(zip(("teacher_input", "teacher_weight"), teacher))
     if labels is not None:
         given["shift_labels"] = torch.where(torch.rand(rows, device=device) < labels, -100, 1)
     return Case((x, w), given | options)
