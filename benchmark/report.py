@@ -29,7 +29,8 @@ def models(data: dict) -> list[str]:
     for r in data["rows"]:
         what = f"| {r['contender']} | {r['batch']} x {r['seq']} |" if "batch" in r else f"| {r['contender']} | |"
         if "tokens_per_s" in r:
-            measured = f"{r['tokens_per_s']:,} | {r['peak_GiB']} | {r['loss'][-1]:.4f} | {r['patched']}"
+            last = f"{r['loss'][-1]:.4f}" if "loss" in r else ""
+            measured = f"{r['tokens_per_s']:,} | {r['peak_GiB']} | {last} | {r['patched']}"
         else:
             measured = f" | | | {'out of memory' if 'out_of_memory' in r else 'failed'}"
         lines.append(f"{what} {measured} |")
@@ -102,7 +103,18 @@ def heads(data: dict) -> list[str]:
     return lines
 
 
-KINDS = {"model-": models, "ops-": ops, "head-": heads}
+def losses(data: dict) -> list[str]:
+    sizes = f"{data['tokens']} tokens, hidden size {data['hidden']}, {data['classes']} classes"
+    lines = [f"## Losses over a fused head, {sizes}, bf16", ""]
+    lines += ["| loss | | ms | MiB |", "| --- | --- | ---: | ---: |"]
+    for r in data["rows"]:
+        measured = "failed | " if "failed" in r else f"{r['ms']:.1f} | {r.get('MiB') or ''}"
+        what = "its matrix products alone" if r["contender"] == "products" else r["contender"]
+        lines.append(f"| {r['loss']} | {what} | {measured} |")
+    return [*lines, "", data["note"][0].upper() + data["note"][1:] + "."] if "note" in data else lines
+
+
+KINDS = {"losses-": losses, "model-": models, "ops-": ops, "head-": heads}
 
 
 def page() -> str:

@@ -171,7 +171,7 @@ def check_options(reduction, temperature, eps) -> None:
 
 def _case(rows, n_classes, dtype, device, labels=None, width=16, **options):
     make = dict(dtype=dtype, device=device)
-    x, w = torch.randn(rows, width, **make), torch.randn(n_classes, width, **make)
+    x, w = torch.randn(rows, width, **make), torch.randn(n_classes, width, **make) / width**0.5  # logits of size 1
     given = {"target": torch.randn(rows, n_classes, device=device).softmax(-1).to(dtype)}
     if labels is not None:
         given["shift_labels"] = torch.where(torch.rand(rows, device=device) < labels, -100, 1)
