@@ -34,6 +34,7 @@ EXPORTS: dict[str, tuple[str, ...]] = {
     "jsd": ("LigerJSDFunction", "jsd_backward", "jsd_forward"),
     "kl_div": ("LigerKLDivLossFunction",),
     "layer_norm": ("LigerLayerNormFunction", "layer_norm_backward", "layer_norm_forward"),
+    "poly_norm": ("LigerPolyNormFunction", "poly_norm_backward", "poly_norm_forward"),
     "rms_norm": ("LigerRMSNormFunction", "rms_norm_backward", "rms_norm_forward"),
     "softmax": ("LigerSoftmaxFunction",),
     "rope": ("LigerRopeFunction", "rope_backward", "rope_forward"),
@@ -60,7 +61,6 @@ NOT_BUILT = (
     "LigerMHCCoeffsFunction", "LigerMHCPostResFunction", "LigerMHCPreFunction",
     "LigerModulatedRMSNormFunction", "modulated_rms_norm_backward", "modulated_rms_norm_forward",
     "LigerMultiTokenAttentionFunction",
-    "LigerPolyNormFunction", "poly_norm_backward", "poly_norm_forward",
     "LigerSparsemaxFunction",
 )  # fmt: skip
 

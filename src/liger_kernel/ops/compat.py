@@ -183,6 +183,26 @@ def group_norm_backward(dY, X, W, B, Mean, RSTD, num_channels, num_groups):
     return kernels("group_norm", X).backward(dY.contiguous(), X, W, Mean, RSTD, num_groups, True, True)
 
 
+# poly_norm
+
+
+def poly_norm_forward(X, W, B, eps=1e-6):
+    """-> (Y, X, RSTD, BLOCK_SIZE, num_warps), RSTD of the third power first."""
+    from liger_kernel.ops.poly_norm import check
+
+    check(X, W, B)
+    X = X.contiguous()
+    y, rstd = kernels("poly_norm", X).forward(X, W.contiguous(), B, eps)
+    return y, X, rstd, None, None
+
+
+def poly_norm_backward(dY, X, W, RSTD, BLOCK_SIZE, num_warps, in_place):
+    """-> (dX, dW, dB), dB of one element."""
+    from liger_kernel.ops.poly_norm import gradients
+
+    return gradients(dY, X.contiguous(), W.contiguous(), W.new_empty(1), RSTD, in_place, True)
+
+
 # jsd
 
 

@@ -26,6 +26,7 @@ from liger_kernel.transformers.monkey_patch import _apply_liger_kernel as _apply
 from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance as _apply_liger_kernel_to_instance
 from liger_kernel.transformers.patch import apply_liger_kernel as apply_liger_kernel
 from liger_kernel.transformers.patch import revert_liger_kernel as revert_liger_kernel
+from liger_kernel.transformers.poly_norm import LigerPolyNorm as LigerPolyNorm
 from liger_kernel.transformers.qwen2vl_mrope import liger_multimodal_rotary_pos_emb as liger_multimodal_rotary_pos_emb
 from liger_kernel.transformers.relu_squared import LigerReLUSquared as LigerReLUSquared
 from liger_kernel.transformers.report import Report
