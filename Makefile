@@ -75,9 +75,10 @@ $(TRANSFORMERS_500)/.done: $(VENV)/.dev
 		'huggingface_hub>=1.3,<2' 'hf-xet>=1.1.3,<2' httpx httpcore h11 anyio sniffio idna certifi shellingham typer-slim
 	touch $@
 
-# DeepSpeed and Megatron-Core for the tests on two ranks: without what they bring that the tests do not need.
+# DeepSpeed, Lightning and Megatron-Core for the tests on two ranks: without what they bring that the tests do not need.
 $(ENGINES)/.done: $(VENV)/.dev
 	rm -rf $(ENGINES)
 	DS_BUILD_OPS=0 $(BIN)/pip install -qq --no-deps --target $(ENGINES) 'deepspeed>=0.19,<0.20' 'megatron-core>=0.16,<0.20' \
-		hjson py-cpuinfo msgpack einops pydantic pydantic-core typing-inspection annotated-types
+		hjson py-cpuinfo msgpack einops pydantic pydantic-core typing-inspection annotated-types \
+		'lightning>=2.6,<3' lightning-utilities torchmetrics
 	touch $@

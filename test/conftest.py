@@ -2,9 +2,12 @@
 
 import importlib.util
 import os
+import sys
 
 import torch
 
+if (engines := os.environ.get("LIGER_TEST_ENGINES")) and engines not in sys.path:
+    sys.path.append(engines)  # of the processes that a test starts as well
 ASCEND = importlib.util.find_spec("ascendnpuir") is not None  # the environment of test/npu: its triton has a device
 if not torch.cuda.is_available() and not ASCEND:  # before triton is imported: kernels are decorated when they are
     os.environ["TRITON_INTERPRET"] = "1"

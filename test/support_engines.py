@@ -270,3 +270,18 @@ def assert_same_on_all_ranks(tensor, name) -> None:
     dist.all_gather(there, tensor.contiguous())
     for other in there:
         assert torch.equal(other, tensor), name
+
+
+def refusal(engine: str) -> str:
+    """What the loss says of the head's weight that it is given outside the model's forward."""
+    from liger_kernel.ops.fused_linear_cross_entropy import liger_fused_linear_cross_entropy
+
+    model = make_model("full")
+    trained = make_engine(engine, model)
+    weight = next(p for name, p in trained.module.named_parameters() if "lm_head" in name)
+    hidden = torch.randn(4, 64, device=rank_device())
+    try:
+        liger_fused_linear_cross_entropy(hidden, weight, torch.zeros(4, dtype=torch.int64, device=rank_device()))
+    except ValueError as error:
+        return str(error)
+    return "accepted"

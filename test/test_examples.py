@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import test_examples_on_two
+
 ROOT = Path(__file__).parent.parent
 TRL = os.environ.get("LIGER_TEST_TRL")
 RUNS = {"distill": "", "dpo_trl": "1.12", "sft_trl": "1.16"}  # the TRL of each
@@ -45,4 +47,4 @@ def test_an_example_trains(name, running):
 
 
 def test_every_example_is_run():
-    assert {p.stem for p in (ROOT / "examples").glob("*.py")} == {*RUNS, "tiny"}
+    assert {p.stem for p in (ROOT / "examples").glob("*.py")} == {*RUNS, *test_examples_on_two.RUNS, "several", "tiny"}

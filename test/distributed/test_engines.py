@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from support_engines import ENGINES, KINDS, LOSSES, ZERO, distances  # noqa: E402
+from support_engines import ENGINES, KINDS, LOSSES, ZERO, distances, refusal  # noqa: E402
 from support_ranks import Ranks  # noqa: E402
 
 IN_MAKE_TEST = {
@@ -41,3 +41,11 @@ def test_ends_where_one_process_ends(ranks, engine, kind, loss):
     for wrong, moved in ranks(distances, engine=engine, kind=kind, loss=loss):
         assert moved > 1e-2  # so that a step left out or done twice shows
         assert wrong < 1e-5
+
+
+@pytest.mark.parametrize("engine, name", [("fsdp1", "FSDP1"), ("fsdp2", "FSDP2"), ("zero3", "ZeRO-3")])
+def test_a_weight_that_is_not_gathered_is_refused_by_its_engines_name(ranks, engine, name):
+    if engine in ZERO:
+        pytest.importorskip("deepspeed")
+    for message in ranks(refusal, engine=engine):
+        assert name in message

@@ -23,6 +23,7 @@ import torch
 from liger_kernel.backends import device_of
 from liger_kernel.ops.core import kernels, wide
 from liger_kernel.ops.row_loss import Given, RowLoss, autocast_dtype, empty_stats
+from liger_kernel.ops.sharded import why_not_whole
 from liger_kernel.ops.weight_sum import WeightSum
 
 MIB = 1 << 20
@@ -285,6 +286,8 @@ def check(hidden, weight, bias, op: str) -> None:
     """ValueError for a hidden, a weight and a bias that do not go together."""
     if not hidden.is_floating_point() or hidden.dim() < 1:
         raise ValueError(f"{op}: hidden must be floats of shape (..., H), got {hidden.dtype} {tuple(hidden.shape)}")
+    if (reason := why_not_whole(weight)) is not None:
+        raise ValueError(f"{op}: the weight {reason}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{op}: hidden has H = {hidden.shape[-1]} and needs a weight (V, H), got one of shape {tuple(weight.shape)}"
