@@ -7,6 +7,7 @@ import lightning
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from several import batches, load, parse
+from torch.utils.data import DataLoader
 
 from liger_kernel.transformers import apply_liger_kernel
 
@@ -22,8 +23,9 @@ class Module(lightning.LightningModule):
         self.print(f"loss: {loss.item():.4f}")
         return loss
 
-    def train_dataloader(self) -> list:
-        return [*batches(self.model.config.vocab_size, self.global_rank, self.steps)]
+    def train_dataloader(self) -> DataLoader:
+        given = [*batches(self.model.config.vocab_size, self.global_rank, self.steps)]
+        return DataLoader(given, batch_size=None)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-3)

@@ -48,7 +48,8 @@ class Ranks:
         self.inboxes = [context.Queue() for _ in range(self.size)]
         self.outbox = context.Queue()
         for rank in range(self.size):
-            given = (rank, self.size, os.path.join(self.folder.name, "store"), self.inboxes[rank], self.outbox)
+            store = os.path.join(self.folder.name, "store")
+            given = (rank, self.size, _one_gpu_each(self.size), store, self.inboxes[rank], self.outbox)
             self.workers.append(context.Process(target=_work, args=given, daemon=True))
             self.workers[-1].start()
 
@@ -73,12 +74,12 @@ def _one_gpu_each(size: int) -> bool:
     return torch.cuda.device_count() >= size
 
 
-def _work(rank: int, size: int, store: str, inbox, outbox) -> None:
-    backend = "nccl" if _one_gpu_each(size) else "gloo"
-    if backend == "nccl":
+def _work(rank: int, size: int, on_gpu: bool, store: str, inbox, outbox) -> None:
+    backend = "nccl" if on_gpu else "gloo"
+    if on_gpu:
         torch.cuda.set_device(rank)
-    else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    else:  # one GPU for several ranks is none: engines would take it for theirs
+        os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_SIZE=str(size))
     os.environ.update(LOCAL_WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
