@@ -37,6 +37,7 @@ EXPORTS: dict[str, tuple[str, ...]] = {
     "poly_norm": ("LigerPolyNormFunction", "poly_norm_backward", "poly_norm_forward"),
     "rms_norm": ("LigerRMSNormFunction", "rms_norm_backward", "rms_norm_forward"),
     "softmax": ("LigerSoftmaxFunction",),
+    "sparsemax": ("LigerSparsemaxFunction",),
     "rope": ("LigerRopeFunction", "rope_backward", "rope_forward"),
     "swiglu": ("LigerFusedGateUpSiLUMulFunction", "LigerSiLUMulFunction", "swiglu_backward", "swiglu_forward"),
     "tvd": ("LigerTVDLossFunction",),
@@ -61,7 +62,6 @@ NOT_BUILT = (
     "LigerMHCCoeffsFunction", "LigerMHCPostResFunction", "LigerMHCPreFunction",
     "LigerModulatedRMSNormFunction", "modulated_rms_norm_backward", "modulated_rms_norm_forward",
     "LigerMultiTokenAttentionFunction",
-    "LigerSparsemaxFunction",
 )  # fmt: skip
 
 PARTS = ("head_slabs", "weight_sum")  # pairs inside the head's engine

@@ -31,6 +31,7 @@ _MODULES = {
     ),
     f"{_HERE}.rope": ("liger_rotary_pos_emb",),
     f"{_HERE}.softmax": ("LigerSoftmax",),
+    f"{_HERE}.sparsemax": ("LigerSparsemax",),
     f"{_HERE}.swiglu": (
         "LigerBlockSparseTop2MLP", "LigerExperts", "LigerFalconH1SwiGLUMLP", "LigerPhi3SwiGLUMLP",
         "LigerQwen3MoeSwiGLUMLP", "LigerSwiGLUMLP", "LigerSwiGLUMLPForMuseGlimmer",
@@ -48,7 +49,6 @@ _NOT_BUILT = (
     "LigerMHC",
     "LigerModulatedRMSNorm",
     "LigerMultiTokenAttention",
-    "LigerSparsemax",
 )
 
 __all__, _resolve = _lazy.lazy_names(__name__, _MODULES | _ENGINE, _NOT_BUILT)

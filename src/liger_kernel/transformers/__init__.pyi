@@ -37,6 +37,7 @@ from liger_kernel.transformers.rms_norm import (
 )
 from liger_kernel.transformers.rope import liger_rotary_pos_emb as liger_rotary_pos_emb
 from liger_kernel.transformers.softmax import LigerSoftmax as LigerSoftmax
+from liger_kernel.transformers.sparsemax import LigerSparsemax as LigerSparsemax
 from liger_kernel.transformers.swiglu import LigerBlockSparseTop2MLP as LigerBlockSparseTop2MLP
 from liger_kernel.transformers.swiglu import LigerExperts as LigerExperts
 from liger_kernel.transformers.swiglu import LigerFalconH1SwiGLUMLP as LigerFalconH1SwiGLUMLP

@@ -33,6 +33,7 @@ __all__, __getattr__ = lazy_names(
         f"{_OPS}.rms_norm": ("liger_rms_norm",),
         f"{_OPS}.rope": ("liger_rope",),
         f"{_OPS}.softmax": ("liger_softmax",),
+        f"{_OPS}.sparsemax": ("liger_sparsemax",),
         f"{_OPS}.swiglu": ("liger_swiglu",),
         f"{_OPS}.vocab_parallel_head": ("liger_vocab_parallel_logprobs",),
         f"{_OPS}.tvd": ("liger_tvd",),
@@ -42,6 +43,5 @@ __all__, __getattr__ = lazy_names(
         "liger_fused_neighborhood_attention",
         "liger_mhc_apply", "liger_mhc_coeffs", "liger_mhc_forward",
         "liger_mhc_post_res", "liger_mhc_pre", "liger_modulated_rms_norm", "liger_multi_token_attention",
-        "liger_sparsemax",
     ),
 )  # fmt: skip
