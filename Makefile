@@ -23,10 +23,10 @@ NPU := .deps/npu
 demo: $(VENV)/.train
 	$(BIN)/liger-kernel demo
 
-test: lint $(TRANSFORMERS_457)/.done $(ENGINES)/.done $(TRL)/.done
+test: lint $(TRANSFORMERS_457)/.done $(TRANSFORMERS_500)/.done $(ENGINES)/.done $(TRL)/.done
 	$(BIN)/pytest test -n auto -m "not slow" --ignore=test/npu
 
-test-full: lint $(TRANSFORMERS_457)/.done $(ENGINES)/.done $(TRANSFORMERS_500)/.done $(TRL)/.done
+test-full: lint $(TRANSFORMERS_457)/.done $(TRANSFORMERS_500)/.done $(ENGINES)/.done $(TRL)/.done
 	$(BIN)/pytest test -n auto --ignore=test/npu
 
 # triton-ascend takes over the name triton, so it lies in a folder of its own, before the others.

@@ -123,7 +123,7 @@ def test_a_type_of_the_sample_trains_the_same_on_an_accelerator(model_type, devi
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_sample_holds_with_an_older_transformers(version):
     if not VERSIONS[version].is_dir():
-        pytest.skip(f"{VERSIONS[version]} is made by make test-full")
+        pytest.skip(f"{VERSIONS[version]} is made by make test")
     paths = [str(VERSIONS[version]), str(ROOT / "src"), str(ROOT / "test")]
     code = (
         "import sys; from models import matrix, tiny;"

@@ -1,7 +1,9 @@
 """What else is done to a model in its life: offloading, adapters, quantisation, other flags, a second call."""
 
 import copy
+import inspect
 import time
+from types import MethodType
 
 import pytest
 import torch
@@ -84,6 +86,79 @@ def test_the_attention_that_the_user_chose_stays(attention):
     apply_liger_kernel(model)
     assert model.config._attn_implementation == attention
     assert wanted is None or torch.equal(logits(model), wanted)
+
+
+# The kernels package, of which transformers makes modules and functions known: modules by an attribute of their class,
+# functions by making modules of them. Its newest version is not the one that every transformers takes: hence by hand.
+
+
+def rotary_module(function):
+    """A module as kernels.use_kernel_forward_from_hub makes one of a function."""
+
+    class Func(nn.Module):
+        kernel_layer_name = "rotary_pos_emb"
+
+        def forward(self, *args, **kwargs):
+            return function(*args, **kwargs)
+
+    signature = inspect.signature(function)
+    this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    Func.forward.__signature__ = signature.replace(parameters=[this, *signature.parameters.values()])
+    return Func()
+
+
+@pytest.fixture
+def modeling(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotary_module(modeling_llama.apply_rotary_pos_emb))
+    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "kernel_layer_name", "RMSNorm", raising=False)
+    yield modeling_llama
+    release_ropes()
+
+
+def kernelize(model):
+    """What use_kernels does to a module for which there is no kernel."""
+    for module in model.modules():
+        if hasattr(type(module), "kernel_layer_name"):
+            module.forward = MethodType(type(module).forward, module)
+
+
+def running(model):
+    """The modules whose forward is ours."""
+    own = {name: module.__dict__.get("forward") for name, module in model.named_modules()}
+    return {name for name, f in own.items() if f is not None and f.__func__.__module__.startswith("liger_kernel")}
+
+
+def test_a_rotation_that_the_kernels_package_made_a_module_of_is_patched_and_comes_back(modeling):
+    was = modeling.apply_rotary_pos_emb
+    model = tiny_model("llama").eval()
+    wanted = logits(model)
+    assert not apply_liger_kernel(model).left
+    assert inspect.isfunction(modeling.apply_rotary_pos_emb)
+    assert list(inspect.signature(modeling.apply_rotary_pos_emb).parameters)[:4] == ["q", "k", "cos", "sin"]
+    assert torch.equal(logits(model), wanted)
+    revert_liger_kernel(model)
+    assert modeling.apply_rotary_pos_emb is was
+
+
+def test_use_kernels_owns_its_modules_and_the_report_says_so(modeling):
+    model = tiny_model("llama")
+    model._use_kernels = True
+    kernelize(model)
+    left = {r.kind: r.reason for r in apply_liger_kernel(model).left}
+    assert left.keys() == {"norm", "rope"} and all("use_kernels=True" in reason for reason in left.values())
+    model._use_kernels = False
+    assert not apply_liger_kernel(model).left
+
+
+def test_a_patch_that_was_written_over_is_not_reported_but_bound_again(modeling):
+    model = tiny_model("llama")
+    apply_liger_kernel(model)
+    kernelize(model)
+    assert not any(name.endswith("norm") for name in running(model))
+    assert not apply_liger_kernel(model).left
+    assert sum(name.endswith("norm") for name in running(model)) == 5
 
 
 # Where weights are

@@ -106,6 +106,8 @@ def apply_liger_kernel(
         if (found := kinds.identify(module)) is not None:
             if module in alone:
                 found = Refusal(experts.NAME, experts.ALONE)
+            elif isinstance(found, Match) and _is_given_away(base, module):
+                found = Refusal(found.kind, _GIVEN_AWAY)
             report.rows.append(_patch(name, module, found, chosen))
     _patch_ropes(base, chosen, report)
     report.rows.append(_patch_head(base, chosen))
@@ -195,6 +197,14 @@ def _off(flag: str) -> str:
     return f"{_OFF} ({flag}=False)"
 
 
+_GIVEN_AWAY = "use_kernels=True leaves it to the kernels package, which binds it again at every train() and eval()"
+
+
+def _is_given_away(base: nn.Module, thing: Any) -> bool:
+    """Whether transformers' use_kernels owns a module or rotary function of this model, now or at its next change."""
+    return bool(getattr(base, "use_kernels", False)) and hasattr(type(thing), "kernel_layer_name")
+
+
 # Norms and MLPs
 
 
@@ -209,7 +219,8 @@ def _patch(name: str, module: nn.Module, found: Match | Refusal, chosen: dict[st
         _unbind(module)
         return Row(name, found.kind, reason=reason)
     record = module.__dict__.get(RECORD)
-    if record is None or record.variant != found.variant:
+    # Bound again also where somebody put the class's own forward over ours, as use_kernels does.
+    if record is None or record.variant != found.variant or not _is_ours(module, module.__dict__.get(slot)):
         _unbind(module)
         _bind(module, found, slot)
     return Row(name, found.kind, found.kernel, found.error)
@@ -268,7 +279,10 @@ def _unbind(module: nn.Module) -> None:
 
 def _patch_ropes(base: nn.Module, chosen: dict[str, bool], report: Report) -> None:
     for place in rope.places(base):
-        found = rope.verify(rope.original(place))
+        function = rope.original(place)
+        found = rope.verify(function)
+        if isinstance(found, Match) and _is_given_away(base, function):
+            found = Refusal(found.kind, _GIVEN_AWAY)
         if isinstance(found, Match) and chosen["rope"]:
             rope.replace(place, found, base)
             report.rows.append(Row(place.label, found.kind, found.kernel, found.error))

@@ -11,6 +11,7 @@ import inspect
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -77,10 +78,26 @@ def _is_rotary(function: Any) -> bool:
 @functools.cache
 def verify(function: Any) -> Match | Refusal:
     """The form a function computes (rotation.py), or why it is left alone."""
-    if not inspect.isfunction(function):
+    plain = _plain(function)
+    if not inspect.isfunction(plain):
         return Refusal(NAME, f"is a {type(function).__name__}, not a function: another library may have replaced it")
     with probe.probing():
-        return rotation.verify(function)
+        return rotation.verify(plain)
+
+
+@functools.cache
+def _plain(function: Any) -> Any:
+    """The function itself, where transformers made a module of it, as it does if the kernels package is installed."""
+    if not isinstance(function, nn.Module) or not hasattr(type(function), "kernel_layer_name"):
+        return function
+    own = MethodType(type(function).forward, function)
+
+    def plain(*args, **kwargs):
+        return own(*args, **kwargs)
+
+    plain.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
+    plain.kernel_layer_name = type(function).kernel_layer_name  # type: ignore[attr-defined]  # asked for at imports
+    return plain
 
 
 def original(place: Place) -> Any:
@@ -95,7 +112,8 @@ def replace(place: Place, match: Match, model: nn.Module) -> None:
     entry = _replaced.get(place.label)
     if entry is None or place.scope[place.name] is not entry.replacement:
         function = place.scope[place.name]
-        entry = _replaced[place.label] = _Replaced(place, function, rotation.replacement(function, match.variant))
+        replacement = rotation.replacement(_plain(function), match.variant)
+        entry = _replaced[place.label] = _Replaced(place, function, replacement)
         place.scope[place.name] = entry.replacement
     entry.users.add(model)
 
