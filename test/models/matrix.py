@@ -87,8 +87,9 @@ def difference(found, wanted) -> tuple[float, float]:
     (loss, grads), (loss_wanted, grads_wanted) = found, wanted
     if grads.keys() != grads_wanted.keys():
         return float("inf"), float("inf")
-    largest = max(g.abs().max().item() for g in grads_wanted.values())
-    worst = max((grads[n] - g).abs().max().item() for n, g in grads_wanted.items())
+    # max of a tensor, not of Python's floats, which passes over a NaN
+    largest = torch.stack([g.abs().max() for g in grads_wanted.values()]).max().item()
+    worst = torch.stack([(grads[n] - g).abs().max() for n, g in grads_wanted.items()]).max().item()
     return (loss - loss_wanted).abs().item() / max(1.0, abs(loss_wanted.item())), worst / largest
 
 

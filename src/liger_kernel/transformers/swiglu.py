@@ -84,8 +84,8 @@ class LigerPhi3SwiGLUMLP(nn.Module):
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states):
-        return self.down_proj(LigerFusedGateUpSiLUMulFunction.apply(self.gate_up_proj(hidden_states)))
+    def forward(self, x):
+        return self.down_proj(LigerFusedGateUpSiLUMulFunction.apply(self.gate_up_proj(x)))
 
 
 class LigerBlockSparseTop2MLP(nn.Module):
