@@ -49,14 +49,14 @@ class Entry:
         return self.loss is not None and self.loss <= LOSS and self.gradient <= GRADIENT
 
 
-def measure(model_type: str, device: str = "cpu") -> Entry:
+def measure(model_type: str, device: str = "cpu", multimodal: bool = False) -> Entry:
     """Build, run, patch and run again; what the model's own code cannot do is the entry's error."""
     entry = Entry(model_type)
     start = time.time()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = tiny.tiny(model_type).to(device)
+            model = tiny.tiny(model_type, multimodal).to(device)
             inputs = {name: t.to(device) for name, t in tiny.text(model).items()}
             wanted, again = run(model, inputs), run(model, inputs)
     except Exception as problem:
@@ -177,7 +177,8 @@ Every type of transformers {transformers} with a causal or a multimodal language
 torch {torch}: what `apply_liger_kernel(model)` patches, and that the patched model computes the same. `make models`
 writes this page. A cell is what is patched of what there is. Loss and gradient are the largest differences from the
 unpatched model in fp32, relative to the loss and to the model's largest gradient; bf16 compares the logits bit for
-bit, with everything but the head patched. Multimodal models are given text, except where they need an image.
+bit, with everything but the head patched. Multimodal models are given text, except where they need an image; a type
+with a causal and a multimodal class is shown with the causal one.
 """
 TABLE = """## By type
 

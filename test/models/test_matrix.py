@@ -70,10 +70,25 @@ def test_a_type_of_the_sample_is_patched_as_the_page_says_and_trains_the_same(mo
     check(model_type)
 
 
+# Types whose multimodal class is another than the causal one that the page shows.
+OF_TWO_CLASSES = ["dots3_note", "llama4", "mllama", "qwen3_5", "qwen3_5_moe"]
+
+
+@pytest.mark.parametrize("model_type", [t for t in OF_TWO_CLASSES if t in tiny.multimodal_types()])
+def test_the_multimodal_class_of_a_type_that_has_two_is_patched_in_full_and_trains_the_same(model_type):
+    entry = matrix.measure(model_type, multimodal=True)
+    assert not entry.error and entry.head.startswith("fused_linear_cross_entropy")
+    for done, there in (entry.norms, entry.mlps, entry.ropes, entry.experts):
+        assert done == there, entry.left
+    assert entry.equal and entry.bits == "same"
+
+
 WITH_PICTURES = """
-    cohere2_vision gemma3 glm4v glm4v_moe internvl llava paligemma qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe
+    cohere2_vision gemma3 glm4v glm4v_moe internvl llava paligemma qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe
+    qwen3_vl qwen3_vl_moe
 """
-WITH_VIDEOS = "qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe"  # the others write time stamps between the frames
+# The others write time stamps between the frames.
+WITH_VIDEOS = "qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe"
 
 
 @pytest.mark.parametrize("video", [False, True], ids=["image", "video"])
@@ -81,7 +96,7 @@ WITH_VIDEOS = "qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe"  # the others write ti
 def test_a_model_that_sees_trains_the_same_through_its_vision_tower(model_type, video):
     if video and model_type not in WITH_VIDEOS.split():
         pytest.skip("takes no videos")
-    model = tiny.tiny(model_type)
+    model = tiny.tiny(model_type, multimodal=True)
     with torch.no_grad():
         for p in filter(lambda p: not p.any(), model.parameters()):
             p.normal_(0, 0.02)  # Gemma 3's projection is 0 at first, and so were the tower's gradients

@@ -191,14 +191,17 @@ def _shrunk_rope(rope: dict) -> dict:
     return new
 
 
-def tiny(model_type: str) -> torch.nn.Module:
-    """A tiny random model with a language-model head, in training mode, its vectors away from their initial values."""
+def tiny(model_type: str, multimodal: bool = False) -> torch.nn.Module:
+    """A tiny random model with a language-model head, in training mode, its vectors away from their initial values.
+
+    Of a type that has both, the causal class, or the multimodal one.
+    """
     config = tiny_config(model_type)
     torch.manual_seed(0)
     if model_type.startswith("musicgen"):  # its causal class takes a part of the type's configuration
         model = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config.decoder).train()
     else:
-        model = _auto_class(model_type).from_config(config).train()
+        model = _auto_class(model_type, multimodal).from_config(config).train()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in model.parameters():
@@ -209,8 +212,8 @@ def tiny(model_type: str) -> torch.nn.Module:
     return model
 
 
-def _auto_class(model_type: str):
-    if model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+def _auto_class(model_type: str, multimodal: bool):
+    if model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not multimodal:
         return transformers.AutoModelForCausalLM
     if model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         return transformers.AutoModelForImageTextToText
