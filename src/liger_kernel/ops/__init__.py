@@ -6,6 +6,7 @@ from liger_kernel._lazy import lazy_names
 EXPORTS: dict[str, tuple[str, ...]] = {
     "cross_entropy": ("LigerCrossEntropyFunction", "cross_entropy_backward", "cross_entropy_forward"),
     "dyt": ("LigerDyTFunction",),
+    "embedding": ("LigerEmbeddingFunction",),
     "fused_add_rms_norm": (
         "LigerFusedAddRMSNormFunction",
         "fused_add_rms_norm_backward",
@@ -57,7 +58,6 @@ FORMS: dict[str, tuple[str, ...]] = {
 # Names of the liger-kernel interface that are still to come.
 NOT_BUILT = (
     "LigerAttnResFunction", "attn_res_backward", "attn_res_forward",
-    "LigerEmbeddingFunction",
     "LigerFusedNeighborhoodAttentionFunction",
     "LigerMHCCoeffsFunction", "LigerMHCPostResFunction", "LigerMHCPreFunction",
     "LigerModulatedRMSNormFunction", "modulated_rms_norm_backward", "modulated_rms_norm_forward",

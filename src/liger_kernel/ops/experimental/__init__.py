@@ -1,0 +1,1 @@
+"""Ops that upstream calls experimental, under its paths."""

@@ -1,0 +1,3 @@
+"""Upstream's path of LigerEmbeddingFunction."""
+
+from liger_kernel.ops.embedding import LigerEmbeddingFunction  # noqa: F401

@@ -1,0 +1,1 @@
+"""Modules that upstream calls experimental, under its paths."""
