@@ -33,6 +33,13 @@ def test_every_op_passes_here_in_time(capsys, device):
     assert kept == {op: None for op in selftest.tested_ops()}
 
 
+def test_a_verdict_repeats_and_leaves_the_generator_alone(device):
+    before = torch.get_rng_state()
+    first, again = ([v.worst for v in selftest.run(device, ["softmax"])] for _ in range(2))
+    assert first == again and first[0] > 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def broken(monkeypatch, room, device, spoil):
     """The default pair of a room, with its forward spoiled."""
     pair = core.resolve(room, device.type).kernels

@@ -5,6 +5,7 @@ The cases are those of the ops' contracts: odd shapes, single elements, empty ba
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import time
@@ -68,11 +69,19 @@ def run(device: torch.device, ops: list[str] | None = None, seconds: float = 45.
 def cases_of(op: str, device: torch.device) -> Iterator[tuple]:
     """(case, dtype), those that differ most first, on the CPU."""
     contract = importlib.import_module(f"liger_kernel.ops.{op}").CONTRACT
-    cpu = torch.device("cpu")
-    per_dtype = [contract.cases(dtype, cpu) for dtype in DTYPES]
+    with same_numbers():
+        per_dtype = [contract.cases(dtype, torch.device("cpu")) for dtype in DTYPES]
     for i in spread(len(per_dtype[0])):
         for dtype, cases in zip(DTYPES, per_dtype):
             yield cases[i], dtype
+
+
+@contextlib.contextmanager
+def same_numbers() -> Iterator[None]:
+    """Random numbers that are the same at every run, and a generator that is left as it was: a verdict repeats."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
 
 
 def spread(n: int) -> list[int]:
@@ -87,7 +96,8 @@ def try_case(verdict: Verdict, given: tuple, device: torch.device) -> None:
     shapes = [tuple(a.shape) for a in case.args if isinstance(a, torch.Tensor)]
     options = {k: v for k, v in case.kwargs.items() if not isinstance(v, torch.Tensor)}
     try:
-        *truths, upstream = call(contract.reference, case, dtype=torch.float64)
+        with same_numbers():
+            *truths, upstream = call(contract.reference, case, dtype=torch.float64)
         *torchs, _ = call(contract.reference, case, upstream)
         *ours, _ = call(contract.call, on_device(case, device), upstream)
         for what, o, r, t in zip(("output", "gradient"), ours, torchs, truths):

@@ -18,14 +18,14 @@ PAIRED, PACKED, GELU = "llama", "phi3", "gemma2"
 @pytest.fixture
 def products(monkeypatch):
     """Weak references to every product made since."""
-    made, own = [], mlp._product
+    made, own = [], mlp.product
 
     def watched(*args):
         product = own(*args)
         made.append(weakref.ref(product))
         return product
 
-    monkeypatch.setattr(mlp, "_product", watched)
+    monkeypatch.setattr(mlp, "product", watched)
     return made
 
 
