@@ -70,7 +70,7 @@ def _patch_norm(module: str, name: str) -> None:
 
 def _replace(module: str, name: str, make) -> None:
     """Put make(function) in the place of a function, in every module of Megatron-Core that has imported it."""
-    own = getattr(importlib.import_module(f"megatron.core.{module}"), name)
+    own = getattr(importlib.import_module(module), name)
     if hasattr(own, _MARK):
         return
     ours = make(own)
