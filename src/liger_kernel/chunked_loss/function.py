@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from liger_kernel.ops import head, head_groups
-from liger_kernel.ops.core import kernels
 from liger_kernel.ops.head_groups import Batch, Outcome
-from liger_kernel.ops.row_loss import RECOMPUTED, GradAware, RowLoss, Stats, check_target
+from liger_kernel.ops.row_loss import RECOMPUTED, GradAware, RowLoss, Stats, check_target, taken
 
 IGNORE_INDEX = -100
 
@@ -26,7 +25,7 @@ class HeadLoss(GradAware):
         needs = tuple(ctx.needs_input_grad[place] for place in cls.PLACES)
         ctx.needs = *needs[:2], batch.bias is not None and needs[2]
         outcome = head_groups.run(batch, objective, sides, ctx.needs, late, fields)
-        ctx.places, ctx.grads, ctx.spent = cls.PLACES, outcome.grads, False
+        ctx.places, ctx.grads, ctx.name = cls.PLACES, outcome.grads or (), cls.__name__
         if outcome.d_log_prob is not None:
             kept = (getattr(outcome.stats, field) for field in RECOMPUTED)
             ctx.save_for_backward(batch.hidden, batch.weight, batch.bias, batch.target, outcome.d_log_prob, *kept)
@@ -42,11 +41,8 @@ class HeadLoss(GradAware):
             *inputs, d_log_prob, nll, top, log_sum = ctx.saved_tensors
             stats = Stats(nll, nll=nll, top=top, log_sum=log_sum)
             grads = head_groups.backward(Batch(*inputs, *ctx.constants), d_log_prob * d_loss, stats, ctx.needs)
-        elif ctx.spent:
-            raise RuntimeError("a second backward through the same graph: the gradients were handed out by the first")
         else:
-            grads, ctx.grads, ctx.spent = ctx.grads or (), None, True
-            grads = [g if g is None else kernels("cross_entropy", g).backward(g, d_loss) for g in grads]
+            grads = head.scaled(taken(ctx, ctx.name), d_loss)
         for place, grad in zip(ctx.places, grads):
             found[place] = grad
         return tuple(found)

@@ -8,10 +8,10 @@ import torch
 
 from liger_kernel.chunked_loss.function import IGNORE_INDEX, row_loss
 from liger_kernel.ops import head, head_distill
-from liger_kernel.ops.core import kernels, wide
+from liger_kernel.ops.core import wide
 from liger_kernel.ops.fused_linear_jsd import check_heads
 from liger_kernel.ops.head_distill import Linear
-from liger_kernel.ops.row_loss import GradAware, check_target, is_early, logits_of
+from liger_kernel.ops.row_loss import GradAware, check_target, is_early, logits_of, taken
 
 PLACES = (0, 1, 5)  # of the student's hidden states, weight and bias among apply's arguments
 SHARE = 8  # chunks are so many times smaller where autograd keeps fp32 copies of them
@@ -59,7 +59,7 @@ class LigerFusedLinearDistillationBase(GradAware):
         options = *options, {"beta": beta} | loss_kwargs, head.product_dtype(student_input)
         early = is_early("mean", options[-1])
         totals, grads = solve(tensors, options, needs if early else (False,) * 3)
-        ctx.spent, ctx.grads, ctx.options = False, grads if early else None, options
+        ctx.grads, ctx.options, ctx.name = grads, options, name
         ctx.needs = needs
         if any(needs) and not early:
             ctx.save_for_backward(*tensors)
@@ -76,11 +76,8 @@ class LigerFusedLinearDistillationBase(GradAware):
             d_loss = d_loss[0]
         if ctx.saved_tensors:
             _, grads = solve(ctx.saved_tensors, ctx.options, ctx.needs, d_loss)
-        elif ctx.spent:
-            raise RuntimeError("a second backward through the same graph: the gradients were handed out by the first")
         else:
-            grads, ctx.grads, ctx.spent = ctx.grads, None, True
-            grads = [g if g is None else kernels("cross_entropy", g).backward(g, d_loss) for g in grads]
+            grads = head.scaled(taken(ctx, ctx.name), d_loss)
         found = [None] * len(ctx.needs_input_grad)
         for place, grad in zip(PLACES, grads):
             found[place] = grad

@@ -26,6 +26,7 @@ import torch
 from liger_kernel.ops.compat import cross_entropy_backward, cross_entropy_forward
 from liger_kernel.ops.core import Case, Contract, kernels, outputs, upcast, wide
 from liger_kernel.ops.row_loss import (
+    RECOMPUTES,
     REDUCTIONS,
     TORCH,
     GradAware,
@@ -39,6 +40,7 @@ from liger_kernel.ops.row_loss import (
     logits_of,
     prepare,
     rows_of,
+    taken,
     token_accuracy,
     wanted,
 )  # fmt: skip
@@ -120,7 +122,7 @@ class LigerCrossEntropyFunction(GradAware):
         early = ctx.needs_input_grad[0] and is_early(reduction, x.dtype)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format) if early else None
         stats = compute(x, given, loss, wanted(return_z_loss, return_token_accuracy, return_predicted_tokens), dx)
-        ctx.early, ctx.dx = early, dx
+        ctx.early, ctx.grads = early, dx
         if ctx.needs_input_grad[0] and not early:
             ctx.save_for_backward(x, target, weight)
             ctx.loss, ctx.reduction = loss, reduction
@@ -136,7 +138,7 @@ class LigerCrossEntropyFunction(GradAware):
     @staticmethod
     def backward(ctx, d_loss, *_):
         if ctx.early:
-            dx = taken(ctx)
+            dx = taken(ctx, "cross entropy", RECOMPUTES)
             return kernels("cross_entropy", dx).backward(dx, d_loss), *[None] * 10
         x, target, weight = ctx.saved_tensors
         d_loss = upcast(d_loss).expand(x.shape[0]).contiguous()
@@ -144,17 +146,6 @@ class LigerCrossEntropyFunction(GradAware):
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         compute(x, given, ctx.loss, (), dx)
         return dx, *[None] * 10
-
-
-def taken(ctx, op="cross entropy", remedy=" (reduction='none' recomputes it each time)"):
-    """The gradient that the forward formed, handed out once."""
-    dx, ctx.dx = ctx.dx, None
-    if dx is None:
-        raise RuntimeError(
-            f"{op}: a second backward through the same graph; its gradient was formed in the forward and handed out "
-            f"by the first{remedy}"
-        )
-    return dx
 
 
 # Functional

@@ -21,6 +21,7 @@ from liger_kernel.ops.core import Case, Contract, Kernels, kernels
 from liger_kernel.ops.cross_entropy import CrossEntropyOutput
 from liger_kernel.ops.row_loss import (
     RECOMPUTED,
+    RECOMPUTES,
     REDUCTIONS,
     GradAware,
     RowLoss,
@@ -31,6 +32,7 @@ from liger_kernel.ops.row_loss import (
     is_early,
     logits_of,
     prepare,
+    taken,
     wanted,
 )
 
@@ -87,11 +89,7 @@ def reference(x, weight, bias=None, target=None, token_weight=None, low_rank=Non
 # The pair: one engine for every device, whose GEMMs are torch's and whose row kernel is cross_entropy's
 
 
-def _backward(grads, factor):
-    return tuple(None if g is None else kernels("cross_entropy", g).backward(g, factor) for g in grads)
-
-
-TORCH = Kernels(head.run, _backward)
+TORCH = Kernels(head.run, head.scaled)
 
 
 # Autograd
@@ -211,13 +209,8 @@ class LigerFusedLinearCrossEntropyFunction(GradAware):
     @staticmethod
     def backward(ctx, d_loss, *_):
         if ctx.early:
-            if ctx.grads is None:
-                raise RuntimeError(
-                    f"{NAME}: a second backward through the same graph; its gradients were formed in the forward and "
-                    "handed out by the first (reduction='none' recomputes them each time)"
-                )
-            grads, ctx.grads = ctx.grads, None
-            d_input, d_weight, d_bias, *low = fused_linear_cross_entropy_backward(d_loss, *grads)
+            formed = taken(ctx, NAME, RECOMPUTES)
+            d_input, d_weight, d_bias, *low = fused_linear_cross_entropy_backward(d_loss, *formed)
         else:
             hidden, weight, labels, bias, ce_weight, *low, nll, top, log_sum = ctx.saved_tensors
             tokens = d_loss.reshape(-1).expand(labels.shape[0]).contiguous()

@@ -17,7 +17,7 @@ from liger_kernel.ops import head, head_distill, jsd
 from liger_kernel.ops.compat import fused_linear_jsd_backward, fused_linear_jsd_forward
 from liger_kernel.ops.core import Case, Contract, Kernels, kernels, outputs, upcast, wide
 from liger_kernel.ops.head_distill import Linear
-from liger_kernel.ops.row_loss import GradAware, RowLoss, inverse, is_early, logits_of
+from liger_kernel.ops.row_loss import GradAware, RowLoss, inverse, is_early, logits_of, taken
 
 __all__ = ["CONTRACT", "TORCH", "LigerFusedLinearJSDFunction", "fused_linear_jsd_backward",
            "fused_linear_jsd_forward", "liger_fused_linear_jsd", "reference"]  # fmt: skip
@@ -61,11 +61,7 @@ def _forward(x, y, live, scale, beta, of_x: RowLoss, of_y: RowLoss, wants_dx, al
     return loss
 
 
-def _backward(grads, factor):
-    return tuple(None if g is None else kernels("cross_entropy", g).backward(g, factor) for g in grads)
-
-
-TORCH = Kernels(_forward, _backward)
+TORCH = Kernels(_forward, head.scaled)
 
 
 def rows_of_divergence(like, live, scale, beta, of_x, of_y, impl=None):
@@ -100,8 +96,7 @@ class LigerFusedLinearJSDFunction(GradAware):
         options = dict(beta=jsd_beta, ignore_index=ignore_index, temperature=temperature, impl=jsd_impl, dtype=dtype,
                        accum_dtype=accum_dtype, workspace_bytes=workspace_bytes)  # fmt: skip
         ctx.early, wanted = is_early("mean", dtype), ctx.needs_input_grad[:2]
-        loss, *grads = solve(*sides, **options, needs=wanted if ctx.early else (False, False))
-        ctx.grads = grads
+        loss, *ctx.grads = solve(*sides, **options, needs=wanted if ctx.early else (False, False))
         if any(wanted) and not ctx.early:
             ctx.save_for_backward(*sides)
             ctx.options = options
@@ -110,10 +105,7 @@ class LigerFusedLinearJSDFunction(GradAware):
     @staticmethod
     def backward(ctx, d_loss):
         if ctx.early:
-            if ctx.grads is None:
-                raise RuntimeError(f"{NAME}: a second backward through the same graph, whose gradients are handed out")
-            grads, ctx.grads = ctx.grads, None
-            grads = fused_linear_jsd_backward(d_loss, *grads)
+            grads = fused_linear_jsd_backward(d_loss, *taken(ctx, NAME))
         else:
             _, *grads = solve(*ctx.saved_tensors, **ctx.options, needs=ctx.needs_input_grad[:2], factor=d_loss)
         return *grads, *[None] * 10

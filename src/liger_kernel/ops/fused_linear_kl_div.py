@@ -17,7 +17,7 @@ from liger_kernel.ops.compat import fused_linear_kl_div_backward, fused_linear_k
 from liger_kernel.ops.core import Case, Contract, Kernels, kernels, outputs, upcast, wide
 from liger_kernel.ops.fused_linear_jsd import TORCH as JSD
 from liger_kernel.ops.head_distill import Linear, Whole
-from liger_kernel.ops.row_loss import GradAware, inverse, is_early
+from liger_kernel.ops.row_loss import GradAware, inverse, is_early, taken
 
 __all__ = ["CONTRACT", "TORCH", "LigerFusedLinearKLDivFunction", "fused_linear_kl_div_backward",
            "fused_linear_kl_div_forward", "liger_fused_linear_kl_div", "reference"]  # fmt: skip
@@ -89,10 +89,7 @@ class LigerFusedLinearKLDivFunction(GradAware):
     @staticmethod
     def backward(ctx, d_loss):
         if ctx.early:
-            if ctx.grads is None:
-                raise RuntimeError(f"{NAME}: a second backward through the same graph, whose gradients are handed out")
-            grads, ctx.grads = ctx.grads, None
-            grads = fused_linear_kl_div_backward(d_loss, *grads)
+            grads = fused_linear_kl_div_backward(d_loss, *taken(ctx, NAME))
         else:
             _, *grads = solve(*ctx.saved_tensors, *ctx.options, needs=ctx.needs_input_grad[:2], factor=d_loss)
         return *grads, *[None] * 8

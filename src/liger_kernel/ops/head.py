@@ -182,6 +182,11 @@ def vocab_of(weight, vocab: tuple[int, int] | None) -> tuple[int, int]:
     return vocab if vocab is not None else (0, weight.shape[0])
 
 
+def scaled(grads, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Gradients times a 0-d factor, over their own memory; None stays None."""
+    return tuple(None if g is None else kernels("cross_entropy", g).backward(g, factor) for g in grads)
+
+
 def classes_of(weight, bias, dtype, vocab):
     """The rows of weight and bias that are the classes, in the dtype of the products."""
     if vocab is not None:

@@ -22,9 +22,8 @@ import torch
 
 from liger_kernel.ops.compat import jsd_backward, jsd_forward
 from liger_kernel.ops.core import Case, Contract, Kernels, kernels, outputs, upcast, wide
-from liger_kernel.ops.cross_entropy import taken
 from liger_kernel.ops.row_loss import TORCH as ROWS
-from liger_kernel.ops.row_loss import GradAware, autocast_dtype, inverse, is_early
+from liger_kernel.ops.row_loss import GradAware, autocast_dtype, inverse, is_early, taken
 
 __all__ = ["CONTRACT", "TORCH", "LigerJSDFunction", "jsd_backward", "jsd_forward", "liger_jsd", "reference"]
 
@@ -109,7 +108,7 @@ class LigerJSDFunction(GradAware):
         early = ctx.needs_input_grad[0] and is_early("mean", x.dtype)
         live, scale = weigh(x, shift_labels, ignore_index)
         loss, dx = kernels("jsd", x, jsd_impl).forward(x, target, live, scale, beta, early)
-        ctx.early, ctx.dx, ctx.impl = early, dx, jsd_impl
+        ctx.early, ctx.grads, ctx.impl = early, dx, jsd_impl
         if ctx.needs_input_grad[0] and not early:
             ctx.save_for_backward(x, target, live, scale)
             ctx.beta = beta
@@ -118,7 +117,7 @@ class LigerJSDFunction(GradAware):
     @staticmethod
     def backward(ctx, d_loss):
         if ctx.early:
-            dx = taken(ctx, "jsd", remedy="")
+            dx = taken(ctx, "jsd")
             return kernels("jsd", dx, ctx.impl).backward(dx, d_loss), *[None] * 6
         x, target, live, scale = ctx.saved_tensors
         scale = upcast(d_loss) / max(x.shape[0], 1) if scale is None else upcast(d_loss) * scale

@@ -243,6 +243,20 @@ class GradAware(torch.autograd.Function):
         return super().apply(*args, **kwargs)
 
 
+def taken(ctx, op: str, remedy: str = ""):
+    """What the forward left at ctx.grads, handed out once. Raises RuntimeError the second time."""
+    grads, ctx.grads = ctx.grads, None
+    if grads is None:
+        raise RuntimeError(
+            f"{op}: a second backward through the same graph; its gradient was formed in the forward and handed out "
+            f"by the first{remedy}"
+        )
+    return grads
+
+
+RECOMPUTES = " (reduction='none' recomputes it each time)"  # the remedy of what has that reduction
+
+
 def is_early(reduction: str, dtype: torch.dtype) -> bool:
     """Whether the gradient is formed in the forward: with reduction="none" its factors are not known there, and in
     fp16 it would underflow before the loss scale arrives."""
