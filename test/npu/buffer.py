@@ -34,11 +34,10 @@ VOCABULARY = (32000, 128256, 151936, 262144)
 WIDTHS = {
     "rms_norm": HIDDEN, "fused_add_rms_norm": HIDDEN, "layer_norm": HIDDEN, "gated_rms_norm": HIDDEN,
     "swiglu": INTERMEDIATE, "geglu": INTERMEDIATE, "relu_squared": INTERMEDIATE,
-    "cross_entropy": VOCABULARY, "softmax": VOCABULARY, "jsd": VOCABULARY, "kl_div": VOCABULARY,
+    "poly_norm": HIDDEN + INTERMEDIATE, "dyt": HIDDEN, "embedding": HIDDEN,
+    "cross_entropy": VOCABULARY, "softmax": VOCABULARY, "jsd": VOCABULARY, "kl_div": VOCABULARY, "tvd": VOCABULARY,
+    "sparsemax": VOCABULARY, "fused_ce_tvd": VOCABULARY,
 }  # fmt: skip
-
-# Where bishengir-compile 1.2.0 fails an assertion of its own, before it plans the buffer.
-CRASHES = {"rope 4x4096x(128+1)x64 deinterleaved torch.bfloat16 _rope_kernel Ascend950PR_9589"}
 
 VECTOR_INT64 = re.compile(r"arith\.(?:addi|subi|muli|divsi|remsi|cmpi)\b[^\n]*tensor<([0-9x]+)xi64>")
 FEW = 64  # 64-bit numbers of a tile: where its rows or heads begin
@@ -106,8 +105,7 @@ def main() -> int:
                 torch.autograd.backward(grown, [torch.empty_like(o) for o in grown])
                 for name, arch, complaint in launched:
                     total += 1
-                    crash = f"{op} {label} {dtype} {name} {arch}" in CRASHES and "Assertion" in (complaint or "")
-                    failed += complaint is not None and not crash
+                    failed += complaint is not None
                     print(f"{op} {label} {dtype} {name} {arch}: {complaint or 'fits'}"[:400])
                 if wide and all(a.numel() < 2**31 - 2**20 for a in leaves if isinstance(a, torch.Tensor)):
                     print(f"{op} {label} {dtype}: arithmetic on int64 vectors of {set(wide)}")

@@ -8,20 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from liger_kernel.backends import ascend
 from liger_kernel.ops import core
 from test_contract import OPS
 
 ROOT = Path(__file__).parents[2]
+TRITON = [op for op in OPS if core._has_triton_pair(op)]
 
 
-# They fit; only their masks are vectors of int64, which a core computes one number at a time.
-SLOW = ("dyt", "fused_ce_tvd", "group_norm")
-SLOWLY = pytest.mark.xfail(strict=True, reason="masks of int64")
-TRITON = [op for op in OPS if core._has_triton_pair(op) and op not in ascend.BACKEND.plain]
-
-
-@pytest.mark.parametrize("op", [pytest.param(op, marks=SLOWLY) if op in SLOW else op for op in TRITON])
+@pytest.mark.parametrize("op", TRITON)
 def test_every_launch_fits(op):
     path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT / "src"), str(ROOT / "test")])
     command = [sys.executable, Path(__file__).with_name("buffer.py"), "Ascend910B2", "Ascend950PR_9589", "--ops", op]

@@ -43,9 +43,4 @@ BACKEND = Backend(
     arch=lambda device: torch.get_device_module("npu").get_device_name(device),
     driver=lambda device: str(getattr(torch.version, "cann", "unknown")),
     comm="hccl",
-    plain={
-        "embedding": "Huawei's compiler gives a 950 an index of bf16",
-        "poly_norm": "three powers of a row of 16384 do not fit a 910B's buffer",
-        "sparsemax": "Huawei's compiler fails at a loop that ends when the values say so",
-    },
 )

@@ -48,6 +48,8 @@ class RowTiles:
         at_most = backend.max_block(live)
         block = min(power_of_2_from(n_cols), at_most)
         rows = max(1, min(4096 if walks else 2048, at_most) // block)
+        if not backend.threads:
+            rows = min(rows, 64)  # a column, one number of each row, takes 32 bytes a row in a core's buffer
         tile = rows * block
         # 16 fp32 per lane: four 16-byte loads of bf16 pairs in flight. A walking program prefetches, which lets 32 do:
         # fused_add_rms_norm backward 16384x4096 at 4 warps 2.77 TB/s, at 8 2.54 (H100 bf16, sweep 2026-11-21). More

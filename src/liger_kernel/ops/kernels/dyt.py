@@ -14,7 +14,7 @@ import triton.language as tl
 
 from liger_kernel.backends import device_of
 from liger_kernel.ops.core import Kernels
-from liger_kernel.ops.kernels.blocks import as_rows, cdiv, int64, launch, power_of_2_from, sum_rows, tanh
+from liger_kernel.ops.kernels.blocks import as_rows, cdiv, int64, launch, power_of_2_from, programs_for, sum_rows, tanh
 
 # Kernels: Capital = memory, lower case = registers, ALL_CAPS = compile time.
 
@@ -63,11 +63,11 @@ def _backward_kernel(
             d_alpha += inner * x
             d_gamma += dy * t
             d_beta += dy
-        at = int64(share) * N + cols
-        tl.store(dAlpha + at, tl.sum(d_alpha, axis=0)[None, :], mask=cols < N)
-        tl.store(dGamma + at, tl.sum(d_gamma, axis=0)[None, :], mask=cols < N)
+        at = int64(share) * N
+        tl.store(dAlpha + at + cols, tl.sum(d_alpha, axis=0)[None, :], mask=cols < N)
+        tl.store(dGamma + at + cols, tl.sum(d_gamma, axis=0)[None, :], mask=cols < N)
         if dBeta is not None:
-            tl.store(dBeta + at, tl.sum(d_beta, axis=0)[None, :], mask=cols < N)
+            tl.store(dBeta + at + cols, tl.sum(d_beta, axis=0)[None, :], mask=cols < N)
 
 
 # Config
@@ -98,8 +98,7 @@ class Strips:
 
 def _launch(kernel, x, strips, *tensors):
     rows, cols = as_rows(x)
-    backend = device_of(x.device)
-    programs = min(cdiv(cols, strips.block) * strips.shares, backend.max_programs)
+    programs = programs_for(cdiv(cols, strips.block) * strips.shares, x.device)
     launch(
         kernel, programs, x.device, *tensors, rows, cols, strips.shares,
         ROWS=strips.rows, BLOCK=strips.block, num_warps=strips.num_warps,

@@ -23,8 +23,9 @@ def _forward_kernel(W, Index, Y, T, V, N, BLOCK: tl.constexpr):
         cols = (item % strips) * BLOCK + tl.arange(0, BLOCK)
         at = tl.load(Index + item // strips).to(tl.int64)
         known = tl.where((at >= 0) & (at < V), N, 0)  # columns there are
-        w = tl.load(W + at * N + cols, mask=cols < known, other=float("nan"))
-        tl.store(Y + int64(item // strips) * N + cols, w, mask=cols < N)
+        w = tl.load(W + at * N + cols, mask=cols < known, other=0.0).to(tl.float32)
+        y = tl.where(cols < known, w, float("nan")).to(Y.dtype.element_ty)
+        tl.store(Y + int64(item // strips) * N + cols, y, mask=cols < N)
 
 
 @triton.jit(do_not_specialize=["T", "V"])

@@ -61,6 +61,7 @@ def _backward_kernel(
         n_read = tl.where(tl.load(Live + row) != 0, N, 0)
         lse, lse_p, sigma = tl.load(LseQ + row), tl.load(LseP + row), tl.load(Sigma + row)
         label = tl.load(Target + row)
+        label = tl.where((label >= 0) & (label < N), label, -1).to(tl.int32)
         for start in range(0, N, LANES * VEC):
             cols = start + lane
             mask = cols < n_read

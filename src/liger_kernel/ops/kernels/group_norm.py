@@ -36,15 +36,15 @@ def _forward_kernel(
         for c in range(0, PER, CHANNELS):
             for start in range(0, places, BLOCK):
                 mask = (c + channel < PER) & (start + place < places)
-                at = base + (c + channel) * places + start + place
-                total += tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
+                at = (c + channel) * places + start + place
+                total += tl.load(X + base + at, mask=mask, other=0.0).to(tl.float32)
         mean = tl.sum(tl.sum(total, axis=1), axis=0) / size
         total = tl.zeros((CHANNELS, BLOCK), dtype=tl.float32)
         for c in range(0, PER, CHANNELS):
             for start in range(0, places, BLOCK):
                 mask = (c + channel < PER) & (start + place < places)
-                at = base + (c + channel) * places + start + place
-                x = tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
+                at = (c + channel) * places + start + place
+                x = tl.load(X + base + at, mask=mask, other=0.0).to(tl.float32)
                 centred = tl.where(mask, x - mean, 0.0)
                 total += centred * centred
         rstd = tl.rsqrt(tl.sum(tl.sum(total, axis=1), axis=0) / size + EPS)
@@ -53,9 +53,9 @@ def _forward_kernel(
             b = tl.load(B + first + c + channel, mask=c + channel < PER, other=0.0).to(tl.float32)
             for start in range(0, places, BLOCK):
                 mask = (c + channel < PER) & (start + place < places)
-                at = base + (c + channel) * places + start + place
-                x = tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
-                tl.store(Y + at, ((x - mean) * rstd * w + b).to(Y.dtype.element_ty), mask=mask)
+                at = (c + channel) * places + start + place
+                x = tl.load(X + base + at, mask=mask, other=0.0).to(tl.float32)
+                tl.store(Y + base + at, ((x - mean) * rstd * w + b).to(Y.dtype.element_ty), mask=mask)
         tl.store(Mean + row, mean)
         tl.store(Rstd + row, rstd)
 
@@ -85,9 +85,9 @@ def _backward_kernel(
             db = tl.zeros((CHANNELS, BLOCK), dtype=tl.float32)
             for start in range(0, places, BLOCK):
                 mask = known & (start + place < places)
-                at = base + (c + channel) * places + start + place
-                dy = tl.load(dY + at, mask=mask, other=0.0).to(tl.float32)
-                x = tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
+                at = (c + channel) * places + start + place
+                dy = tl.load(dY + base + at, mask=mask, other=0.0).to(tl.float32)
+                x = tl.load(X + base + at, mask=mask, other=0.0).to(tl.float32)
                 dw += dy * ((x - mean) * rstd)
                 db += dy
             dw_c = tl.sum(dw, axis=1)[:, None]
@@ -102,11 +102,11 @@ def _backward_kernel(
             w = tl.load(W + first + c + channel, mask=c + channel < PER, other=0.0).to(tl.float32)
             for start in range(0, places, BLOCK):
                 mask = (c + channel < PER) & (start + place < places)
-                at = base + (c + channel) * places + start + place
-                dy = tl.load(dY + at, mask=mask, other=0.0).to(tl.float32)
-                x_hat = (tl.load(X + at, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
+                at = (c + channel) * places + start + place
+                dy = tl.load(dY + base + at, mask=mask, other=0.0).to(tl.float32)
+                x_hat = (tl.load(X + base + at, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
                 dx = rstd * (dy * w - mean_m - x_hat * mean_mx)
-                tl.store(dX + at, dx.to(dX.dtype.element_ty), mask=mask)
+                tl.store(dX + base + at, dx.to(dX.dtype.element_ty), mask=mask)
 
 
 # Config

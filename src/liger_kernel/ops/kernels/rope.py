@@ -153,10 +153,13 @@ class Tokens:
     def choose(cls, heads: int, half: int, device: torch.device, elements: int = 2048, pairs: bool = False) -> Tokens:
         """half: elements of a rotated half, a power of two. elements: what a tile of one half should hold."""
         backend = device_of(device)
-        if pairs and not backend.threads:
-            elements = 256  # a vector unit keeps each pair in 32 bytes of its own while it splits them
         at_once = min(power_of_2_from(heads), max(1, elements // half))
         tokens = max(1, elements // 2 // (at_once * half))
+        if pairs and not backend.threads:
+            # A vector unit keeps each pair in 32 bytes of its own while it splits them: 256 pairs. Of two tokens at
+            # least: Huawei's compiler fails an assertion of its own at a tile of one.
+            at_once = min(power_of_2_from(heads), max(1, 128 // half))
+            tokens = max(2, 256 // (at_once * half))
         # 16 fp32 per lane of each half: two 16-byte loads of bf16 in flight
         num_warps = min(max(tokens * at_once * half // (backend.warp_width * 16), 1), backend.max_warps)
         return cls(tokens, at_once, num_warps)

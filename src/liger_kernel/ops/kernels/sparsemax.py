@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
+from liger_kernel.backends import device_of
 from liger_kernel.ops.core import Kernels
-from liger_kernel.ops.kernels.blocks import RowTiles, as_rows, int64, launch, load_tile
+from liger_kernel.ops.kernels.blocks import RowTiles, as_rows, int64, launch, load_tile, programs_for
 
 # Kernels: Capital = memory, lower case = registers, ALL_CAPS = compile time.
 
@@ -96,6 +97,47 @@ def _forward_kernel(X, Y, R, N, ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOP: t
             tl.store(Y + base + row * N + cols, _above_tau(x, count, total).to(Y.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _above_in_row(X, N, largest, count, total, BLOCK: tl.constexpr):
+    """_above of the row at X, relative to its largest element, as scalars."""
+    cols = tl.arange(0, BLOCK)
+    sizes = tl.zeros((BLOCK,), dtype=tl.float32)
+    sums = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, N, BLOCK):
+        x = tl.load(X + start + cols, mask=start + cols < N, other=float("-inf")).to(tl.float32) - largest
+        inside = x * count > total - 1.0
+        sizes += tl.where(inside, 1.0, 0.0)
+        sums += tl.where(inside, x, 0.0)
+    return tl.sum(sizes, axis=0), tl.sum(sums, axis=0)
+
+
+@triton.jit(do_not_specialize=["R"])
+def _forward_row_kernel(X, Y, R, N, BLOCK: tl.constexpr):
+    """For a core without threads: a row per turn and its steps in scalars, since no while there carries a vector."""
+    cols = tl.arange(0, BLOCK)
+    for row in range(tl.program_id(0), R, tl.num_programs(0)):
+        base = int64(row) * N
+        top = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+        nans = tl.zeros((BLOCK,), dtype=tl.float32)
+        for start in range(0, N, BLOCK):
+            x = tl.load(X + base + start + cols, mask=start + cols < N, other=float("-inf")).to(tl.float32)
+            top = tl.maximum(top, x)
+            nans += tl.where(x != x, 1.0, 0.0)
+        largest = tl.where(tl.sum(nans, axis=0) > 0.0, float("nan"), tl.max(top, axis=0))
+        count, total = _above_in_row(X + base, N, largest, 1.0, 0.0, BLOCK)
+        dropped = 1.0
+        while dropped > 0.0:
+            size, remains = _above_in_row(X + base, N, largest, count, total, BLOCK)
+            fewer = size < count
+            dropped = tl.where(fewer, count - size, 0.0)
+            count = tl.where(fewer, size, count)
+            total = tl.where(fewer, remains, total)
+        for start in range(0, N, BLOCK):
+            mask = start + cols < N
+            x = tl.load(X + base + start + cols, mask=mask, other=0.0).to(tl.float32) - largest
+            tl.store(Y + base + start + cols, _above_tau(x, count, total).to(Y.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["R"])
 def _backward_kernel(dY, Y, dX, R, N, ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr):
     row = tl.arange(0, ROWS)[:, None]
@@ -145,7 +187,12 @@ def _launch(kernel, tiles, x, *tensors):
 def sparsemax_forward(x, tiles=None):
     """x: (..., N) contiguous -> y like x."""
     y = torch.empty_like(x)
-    _launch(_forward_kernel, tiles, x, x, y)
+    if x.numel() and not device_of(x.device).threads:
+        rows, cols = as_rows(x)
+        block = (tiles or RowTiles.choose(rows, cols, x.device, live=4)).block
+        launch(_forward_row_kernel, programs_for(rows, x.device), x.device, x, y, rows, cols, BLOCK=block, num_warps=1)
+    else:
+        _launch(_forward_kernel, tiles, x, x, y)
     return y
 
 
