@@ -107,6 +107,44 @@ def test_xpu_tensors_take_the_xpu_backend(monkeypatch):
         assert (out.device.type, out.dtype, out.shape) == ("xpu", x.dtype, x.shape)
 
 
+def test_autocast_on_xpu_gives_the_dtypes_that_it_gives_on_a_cpu():
+    from torch._subclasses import FakeTensorMode
+
+    def dtypes(device):
+        x, weight, w = (torch.ones(shape, device=device) for shape in ((3, 8), (16, 8), (16,)))
+        with torch.autocast(device, dtype=torch.bfloat16):
+            h = torch.nn.functional.linear(x, weight)
+            found = h, F.liger_rms_norm(h, w, 1e-6), F.liger_swiglu(h, h), F.liger_layer_norm(h, w, w, 1e-6)
+        assert {t.device.type for t in found} == {device}
+        return [t.dtype for t in found]
+
+    core.set_impl("torch")
+    try:
+        expected = dtypes("cpu")
+        with FakeTensorMode():
+            assert dtypes("xpu") == expected
+    finally:
+        core.set_impl(None)
+    assert expected[0] is torch.bfloat16
+
+
+def test_a_launch_on_xpu_is_guarded_by_the_device_of_its_tensors(monkeypatch):
+    import contextlib
+
+    from liger_kernel.backends import xpu
+
+    entered = []
+
+    @contextlib.contextmanager
+    def device(which):
+        entered.append(which)
+        yield
+
+    monkeypatch.setattr(torch.xpu, "device", device)
+    with xpu.BACKEND.guard(torch.device("xpu", 1)):
+        assert entered == [torch.device("xpu", 1)]
+
+
 def test_xpu_facts_are_read_from_torch(monkeypatch):
     from types import SimpleNamespace
 
