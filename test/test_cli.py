@@ -346,16 +346,14 @@ def test_demo_trains_on_the_standard_library(tmp_path, capfd, monkeypatch):
 
 
 def test_training_the_demo_model_takes_at_most_60_percent_of_its_memory(tmp_path):
-    """In fp32, as the demo runs on a CPU, at its 32768 words; the second step has the optimiser's state beside it all."""
+    """In fp32, as the demo runs on a CPU, at its 32768 words; the second step has the optimiser's state beside it."""
     size, batch, seq = demo.size_for(0)
     torch.manual_seed(0)
     torch.save(torch.randint(0, demo.VOCABULARY, (2 * batch * seq,)), tmp_path / "tokens.pt")
-    peaks = []
-    for patched in (False, True):
-        one = job(
-            model=demo._llama(**size), tokens=str(tmp_path / "tokens.pt"), batch=batch, seq=seq, steps=2, patched=patched
-        )  # fmt: skip
-        peaks.append(compare.run_worker(one, tmp_path, lambda: None).peak)
+    given = dict(model=demo._llama(**size), tokens=str(tmp_path / "tokens.pt"), batch=batch, seq=seq, steps=2)
+    peaks = [
+        compare.run_worker(job(**given, patched=patched), tmp_path, lambda: None).peak for patched in (False, True)
+    ]
     assert 0 < peaks[1] <= 0.6 * peaks[0], peaks
 
 

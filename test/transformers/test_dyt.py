@@ -1,8 +1,11 @@
 """What is special about dyt: its module, its helpers, small arguments, its messages."""
 
+import dataclasses
+
 import pytest
 import torch
 
+from liger_kernel import backends
 from liger_kernel.ops.dyt import liger_dyt_bwd, liger_dyt_fwd
 from liger_kernel.transformers import LigerDyT
 from liger_kernel.transformers.functional import liger_dyt
@@ -39,6 +42,28 @@ def test_helpers_have_upstreams_results(impl, device):
         assert liger_dyt_bwd(dy, x, alpha, gamma, None)[3] is None
     for a, b in zip(found, wanted, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_persistent_device_starts_no_more_programs_than_cores(device, monkeypatch):
+    """Wide rows have more strips than an NPU has cores."""
+    from liger_kernel.ops.kernels import dyt as triton_dyt
+
+    facts = dataclasses.replace(backends.device_of(device), persistent=True, cores=lambda device: 3)
+    monkeypatch.setitem(backends._BY_TYPE, device.type, facts)
+    started, launch = [], triton_dyt.launch
+
+    def watched(kernel, programs, *args, **meta):
+        started.append(programs)
+        launch(kernel, programs, *args, **meta)
+
+    monkeypatch.setattr(triton_dyt, "launch", watched)
+    x, alpha, gamma = (torch.randn(size, device=device) for size in ((5, 512 * 4), (1,), (512 * 4,)))
+    y = triton_dyt.dyt_forward(x, alpha, gamma, None)
+    dx, *_ = triton_dyt.dyt_backward(torch.ones_like(x), x, alpha, gamma, False)
+    assert started[:2] == [3, 3]
+    t = torch.tanh(alpha * x)
+    torch.testing.assert_close(y, gamma * t)
+    torch.testing.assert_close(dx, alpha * gamma * (1 - t * t))
 
 
 def test_more_strips_than_programs(device):

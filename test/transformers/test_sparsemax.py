@@ -1,8 +1,11 @@
 """What is special about sparsemax: it lies on the simplex, far from zero too, its module, its messages."""
 
+import dataclasses
+
 import pytest
 import torch
 
+from liger_kernel import backends
 from liger_kernel.ops.kernels.blocks import RowTiles
 from liger_kernel.transformers import LigerSparsemax
 from liger_kernel.transformers.functional import liger_sparsemax
@@ -35,6 +38,20 @@ def test_many_steps_to_the_threshold_in_one_block_and_in_many(device):
         live = wanted > 0
         mean = torch.where(live, x, 0).sum(-1, keepdim=True) / live.sum(-1, keepdim=True)
         torch.testing.assert_close(dx, torch.where(live, x - mean, 0))
+
+
+@pytest.mark.parametrize("block", [256, 16], ids=["one block", "column loop"])
+def test_a_core_without_threads_takes_a_row_at_a_time(block, device, monkeypatch):
+    from liger_kernel.ops.kernels import sparsemax as triton_sparsemax
+
+    facts = dataclasses.replace(backends.device_of(device), threads=False, persistent=True, cores=lambda device: 3)
+    monkeypatch.setitem(backends._BY_TYPE, device.type, facts)
+    monkeypatch.setattr(triton_sparsemax, "_forward_kernel", None)
+    x = torch.randn(7, 200, device=device)
+    x[1] = -torch.logspace(-3, 0, 200, device=device)
+    x[2], x[3, :9], x[4, 5] = float("-inf"), float("-inf"), float("nan")
+    y = triton_sparsemax.sparsemax_forward(x, RowTiles(1, block, block < 200, 1, 1))
+    torch.testing.assert_close(y, liger_sparsemax(x.double()).float(), equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
