@@ -55,6 +55,8 @@ def cases_of(op: str, dtype: torch.dtype) -> Iterator[tuple[str, core.Case]]:
     first = next(iter(timed.values()))
     for width in WIDTHS.get(op, ()):
         yield f"width {width}", resized(first, width)
+    if op == "fused_linear_cross_entropy":  # whose backward computes the logits again, in slabs
+        yield "loss of each row", core.Case(first.args, first.kwargs | {"reduction": "none"})
 
 
 def resized(case: core.Case, width: int) -> core.Case:
@@ -82,9 +84,7 @@ def main() -> int:
         launched.extend((name, a, ascend.check(linalg, a)) for a in arguments.arch)
 
     ascend.install(runs=False, after=after)
-    ascend.watch_lowering(
-        lambda ir: wide.extend(n for n in VECTOR_INT64.findall(ir) if math.prod(map(int, n.split("x"))) > FEW)
-    )
+    ascend.watch_lowering(lambda ir: wide.extend(filter(is_many, VECTOR_INT64.findall(ir))))
     wide: list[str] = []
     backends._BY_TYPE["meta"] = dataclasses.replace(
         backends.all_backends()["ascend"], device_type="meta", cores=lambda device: ascend.CORES,
