@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from liger_kernel import backends
+from liger_kernel import backends, utils
 from liger_kernel.ops import core
 from liger_kernel.transformers import functional as F
 
@@ -83,6 +83,26 @@ def test_why_no_triton_names_what_the_installed_one_is_for(monkeypatch):
     monkeypatch.setattr(type(driver), "active", Active, raising=False)
     assert backends.triton_for("xpu")() is None
     assert "for 'xpu' devices" in backends.triton_for("npu")()
+
+
+@pytest.mark.parametrize("hip, name, arch", [("6.4", "rocm", "gfx942"), (None, "cuda", "sm_90")])
+def test_amd_and_nvidia_share_a_device_type_and_not_their_facts(hip, name, arch, monkeypatch):
+    from types import SimpleNamespace
+
+    from liger_kernel.backends import cuda
+
+    properties = SimpleNamespace(multi_processor_count=304, gcnArchName="gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda, "_properties", lambda index: properties)
+    monkeypatch.setattr(backends, "_BY_TYPE", {})
+    device = torch.device("cuda", 0)
+    backend = backends.device_of(device)
+    assert (backend.name, backend.cores(device), backend.comm) == (name, 304, "nccl")
+    assert (utils.infer_device(), utils.infer_comm_backend(), utils.infer_device_arch()) == ("cuda", "nccl", arch)
+    assert backend.warp_width * backend.max_warps == 1024, "a program has 1024 lanes at most"
+    assert not utils.is_npu_available()
 
 
 # Intel GPUs: torch has the name, so no fake device can take it. FakeTensors have the device without the memory.
