@@ -19,7 +19,7 @@ import transformers
 from torch import nn
 
 from liger_kernel.transformers import apply_liger_kernel, revert_liger_kernel
-from models import tiny
+from models import inputs, tiny
 
 # fp32 rounding through two layers and a head, relative to the loss and to the model's largest gradient. Both runs do
 # the same mathematics in another order; the largest differences seen are a tenth of these.
@@ -57,27 +57,28 @@ def measure(model_type: str, device: str = "cpu", multimodal: bool = False) -> E
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = tiny.tiny(model_type, multimodal).to(device)
-            inputs = {name: t.to(device) for name, t in tiny.text(model).items()}
-            wanted, again = run(model, inputs), run(model, inputs)
+            given = {name: t.to(device) for name, t in inputs.text(model).items()}
+            wanted, again = run(model, given), run(model, given)
     except Exception as problem:
         entry.error = " ".join(f"{type(problem).__name__}: {problem}".split())[:160]
         return entry
     entry.deterministic = difference(again, wanted) == (0.0, 0.0)
     try:
         count(model, apply_liger_kernel(model), entry)
-        entry.loss, entry.gradient = difference(run(model, inputs), wanted)
+        entry.loss, entry.gradient = difference(run(model, given), wanted)
         revert_liger_kernel(model)
-        entry.bits = bits(model, inputs)
+        entry.bits = bits(model, given)
     finally:
         revert_liger_kernel(model)
     entry.seconds = round(time.time() - start, 2)
     return entry
 
 
-def run(model: nn.Module, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def run(model: nn.Module, given: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model.zero_grad(set_to_none=True)
     torch.manual_seed(7)
-    loss = model(**inputs, use_cache=False).loss
+    outputs = model(**given, use_cache=False)
+    loss = outputs.loss if outputs.loss is not None else outputs.logits.float().square().mean()
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -93,26 +94,27 @@ def difference(found, wanted) -> tuple[float, float]:
     return (loss - loss_wanted).abs().item() / max(1.0, abs(loss_wanted.item())), worst / largest
 
 
-def bits(model: nn.Module, inputs: dict) -> str:
+def bits(model: nn.Module, given: dict) -> str:
     """Whether the bf16 logits of the unpatched model are those of the patched one, bit for bit."""
     model.bfloat16()
     try:
-        wanted = logits(model, inputs)
+        wanted = logits(model, given)
     except Exception as problem:
         return f"cannot run in bf16 ({type(problem).__name__})"
-    if not torch.equal(logits(model, inputs), wanted):
+    if not torch.equal(logits(model, given), wanted):
         return "not deterministic"
     apply_liger_kernel(model, fused_linear_cross_entropy=False)
-    found = logits(model, inputs)
+    found = logits(model, given)
     if torch.equal(found, wanted):
         return "same"
     return f"{(found == wanted).float().mean():.0%} same"
 
 
 @torch.no_grad()
-def logits(model: nn.Module, inputs: dict) -> torch.Tensor:
+def logits(model: nn.Module, given: dict) -> torch.Tensor:
     torch.manual_seed(7)
-    return model(input_ids=inputs["input_ids"], use_cache=False).logits
+    low = {name: t.bfloat16() if t.is_floating_point() else t for name, t in given.items()}
+    return model(**low, use_cache=False).logits
 
 
 def count(model: nn.Module, report, entry: Entry) -> None:

@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("transformers")
 
 from liger_kernel.transformers import apply_liger_kernel  # noqa: E402
-from models import matrix, tiny  # noqa: E402
+from models import inputs, matrix, tiny  # noqa: E402
 
 from support import release_ropes  # noqa: E402
 
@@ -100,7 +100,7 @@ def test_a_model_that_sees_trains_the_same_through_its_vision_tower(model_type, 
     with torch.no_grad():
         for p in filter(lambda p: not p.any(), model.parameters()):
             p.normal_(0, 0.02)  # Gemma 3's projection is 0 at first, and so were the tower's gradients
-    inputs = tiny.pictures(model, video)
+    inputs = inputs.pictures(model, video)
     wanted = matrix.run(model, inputs)
     assert any("vis" in name and g.any() for name, g in wanted[1].items())
     report = apply_liger_kernel(model)

@@ -96,8 +96,15 @@ def other_way(q, k, cos, sin, unsqueeze_dim=1):
     return first(q, k, cos, -sin, unsqueeze_dim)
 
 
-def last(q, k, cos, sin, unsqueeze_dim=1):
-    """Rotates the last elements of a head instead of the first."""
+def at_the_end(q, k, cos, sin, unsqueeze_dim=1):
+    """Rotates the last elements of a head instead of the first, as DeepSeek V4 does."""
+    width = 2 * cos.shape[-1]
+    cos, sin = (t.repeat_interleave(2, -1).unsqueeze(unsqueeze_dim) for t in (cos, sin))
+    ys = (x[..., -width:].float() * cos + pairs(x[..., -width:]).float() * sin for x in (q, k))
+    return tuple(torch.cat((x[..., :-width], y.to(x.dtype)), -1) for x, y in zip((q, k), ys, strict=True))
+
+
+def mirrored(q, k, cos, sin, unsqueeze_dim=1):
     return tuple(y.flip(-1) for y in first(q.flip(-1), k.flip(-1), cos, sin, unsqueeze_dim))
 
 
@@ -145,6 +152,11 @@ CALLS = {
     half_width: ("half", lambda dtype: (*heads(*HEADS, dtype=dtype), *table(B, width=D // 2, dtype=dtype))),
     vision: ("half in fp32", lambda dtype: ([*torch.randn(2, S, 3, D).to(dtype).requires_grad_()], *table())),
     one: ("half", lambda dtype: (*heads(4, dtype=dtype), *table(B, dtype=dtype))),
+    other_way: ("half backwards", lambda dtype: (*heads(*HEADS, dtype=dtype), *table(B, dtype=dtype))),
+    at_the_end: (
+        "interleaved in fp32 at the end",
+        lambda dtype: (*heads(*HEADS, dtype=dtype), *table(B, width=D // 4, dtype=dtype)),
+    ),
     one_sin_first: ("interleaved", lambda dtype: (*heads(4, at=2, dtype=dtype), *table(B, width=D // 2, dtype=dtype))),
     complex_pairs: (
         "interleaved complex keeps dtype",
@@ -199,8 +211,7 @@ def test_the_heads_may_be_in_the_third_dim(function, monkeypatch):
 @pytest.mark.parametrize(
     "function, reason",
     [
-        (other_way, "fits no known rotation"),
-        (last, "fits no known rotation"),
+        (mirrored, "fits no known rotation"),
         (scaled_k, "fits no known rotation"),
         (rounds_a_table, "fits no known rotation"),
         (with_v, "takes other arguments than a rotation (q, k, v, cos, sin)"),

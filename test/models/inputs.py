@@ -1,0 +1,98 @@
+"""Batches for the tiny models: words, and what else a model cannot do without."""
+
+import inspect
+
+import torch
+
+from models.tiny import FIRST_WORD, SEQ, VOCAB
+
+NEEDS_AN_IMAGE = {
+    "git",
+    "idefics",
+    "kosmos-2",
+    "vision-encoder-decoder",
+    "pp_formulanet",
+}  # optional by their signature
+
+
+def text(model) -> dict:
+    """A batch of words with labels, one of them ignored; where the model takes none without, with an image or sound."""
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(FIRST_WORD, VOCAB - 8, (2, SEQ), generator=generator)
+    labels = ids.clone()
+    labels[0, 3] = -100
+    config, takes = model.config, inspect.signature(model.forward).parameters
+    books = getattr(config, "num_codebooks", None)
+    if books and type(model).__name__.startswith("Musicgen"):  # rows of ids are the codebooks of one sequence
+        return dict(input_ids=ids % 32, labels=(labels % 32).view(2 // books, books, SEQ).transpose(1, 2))
+    if "codebook_vocab_size" in vars(config):  # each word with the codes of the sound at that time
+        ids = torch.stack([ids, *books * [ids % 32]], -1)
+    given = dict(input_ids=ids, labels=labels)
+    required = {n for n, p in takes.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    if "pixel_values" in required or config.model_type in NEEDS_AN_IMAGE:
+        given["pixel_values"] = _pixels(model, generator)
+        given |= _places(config, ids, takes)
+    if "flattened_patches" in takes:
+        patches = torch.randn(2, 6, 2 + config.vision_config.patch_embed_hidden_size, generator=generator)
+        patches[..., :2] = torch.arange(6).view(6, 1) % 3 + 1  # the row and column of each come first
+        given["flattened_patches"] = patches
+    if config.model_type == "voxtral_realtime":  # hears one piece of sound with each word
+        frames = SEQ * config.audio_length_per_tok
+        given["input_features"] = torch.randn(2, config.audio_config.num_mel_bins, frames, generator=generator)
+    if "mm_token_type_ids" in takes:
+        given["mm_token_type_ids"] = torch.zeros_like(ids)
+    if "qformer_input_ids" in required:
+        given["qformer_input_ids"] = ids
+    if "bbox" in takes:
+        given["bbox"] = torch.rand(2, SEQ, 4, generator=generator).sort(-1).values
+    return {n: t for n, t in given.items() if n in takes}
+
+
+def _pixels(model, generator) -> torch.Tensor:
+    vision = getattr(model.config, "vision_config", None) or model.config.encoder
+    frames = {"idefics": (1,), "instructblipvideo": (2,)}.get(model.config.model_type, ())
+    return torch.randn(2, *frames, 3, *2 * [_first(vision.image_size)], generator=generator)
+
+
+def _places(config, ids, takes) -> dict:
+    """Where in the words the image is: written into them, or as a mask of its own."""
+    if (token := getattr(config, "image_token_index", None) or getattr(config, "video_token_index", None)) is not None:
+        ids[:, 1 : 1 + config.num_query_tokens * (2 if config.model_type == "instructblipvideo" else 1)] = token
+    if "image_embeds_position_mask" in takes:
+        mask = torch.zeros_like(ids)
+        mask[:, 1 : 1 + config.latent_query_num] = 1
+        return dict(image_embeds_position_mask=mask)
+    if "image_attention_mask" in takes:
+        return dict(image_attention_mask=torch.ones(*ids.shape, 1, dtype=torch.long))
+    return {}
+
+
+def pictures(model, video: bool = False) -> dict:
+    """A batch of words around one image or video, with labels for the words."""
+    generator = torch.Generator().manual_seed(5)
+    config, vision = model.config, model.config.vision_config
+    token, named = config.video_token_id if video else getattr(config, "image_token_id", None), {}
+    token = config.image_token_index if token is None else token
+    if hasattr(vision, "temporal_patch_size"):  # patches of any number of images in a row, and where each one ends
+        grid = torch.tensor([[1, 2 * vision.spatial_merge_size, 2 * vision.spatial_merge_size]])
+        of_a_patch = vision.in_channels * _first(vision.temporal_patch_size) * _first(vision.patch_size) ** 2
+        pixels = torch.randn(int(grid.prod()), of_a_patch, generator=generator)
+        count = 4
+        named = {"video_grid_thw" if video else "image_grid_thw": grid}
+    else:
+        pixels = torch.randn(1, 3, _first(vision.image_size), _first(vision.image_size), generator=generator)
+        with torch.no_grad():
+            features = model.get_image_features(pixel_values=pixels)
+        features = getattr(features, "pooler_output", features)
+        count = sum(f.numel() // f.shape[-1] for f in ([features] if isinstance(features, torch.Tensor) else features))
+    ids = torch.randint(FIRST_WORD, VOCAB - 8, (1, SEQ + count), generator=generator)
+    ids[0, 2 : 2 + count] = token
+    named |= {"input_ids": ids, "labels": ids.masked_fill(ids == token, -100)}
+    named["pixel_values_videos" if video else "pixel_values"] = pixels
+    kinds = (ids == token).long() * (2 if video else 1)
+    parameters = inspect.signature(model.forward).parameters
+    return named | {n: kinds for n in ("mm_token_type_ids", "token_type_ids") if n in parameters}
+
+
+def _first(size) -> int:
+    return size[0] if isinstance(size, (list, tuple)) else size
