@@ -70,28 +70,45 @@ def _places(config, ids, takes) -> dict:
 def pictures(model, video: bool = False) -> dict:
     """A batch of words around one image or video, with labels for the words."""
     generator = torch.Generator().manual_seed(5)
-    config, vision = model.config, model.config.vision_config
-    token, named = config.video_token_id if video else getattr(config, "image_token_id", None), {}
+    config, takes = model.config, inspect.signature(model.forward).parameters
+    token = config.video_token_id if video else getattr(config, "image_token_id", None)
     token = config.image_token_index if token is None else token
-    if hasattr(vision, "temporal_patch_size"):  # patches of any number of images in a row, and where each one ends
-        grid = torch.tensor([[1, 2 * vision.spatial_merge_size, 2 * vision.spatial_merge_size]])
-        of_a_patch = vision.in_channels * _first(vision.temporal_patch_size) * _first(vision.patch_size) ** 2
-        pixels = torch.randn(int(grid.prod()), of_a_patch, generator=generator)
-        count = 4
-        named = {"video_grid_thw" if video else "image_grid_thw": grid}
-    else:
-        pixels = torch.randn(1, 3, _first(vision.image_size), _first(vision.image_size), generator=generator)
-        with torch.no_grad():
-            features = model.get_image_features(pixel_values=pixels)
-        features = getattr(features, "pooler_output", features)
-        count = sum(f.numel() // f.shape[-1] for f in ([features] if isinstance(features, torch.Tensor) else features))
+    named, count = _seen(model, video, takes, generator)
     ids = torch.randint(FIRST_WORD, VOCAB - 8, (1, SEQ + count), generator=generator)
     ids[0, 2 : 2 + count] = token
+    if "cross_attention_mask" in takes:  # beside the words, not among them
+        named["cross_attention_mask"] = torch.ones(1, SEQ, *named["aspect_ratio_mask"].shape[1:], dtype=torch.long)
     named |= {"input_ids": ids, "labels": ids.masked_fill(ids == token, -100)}
-    named["pixel_values_videos" if video else "pixel_values"] = pixels
     kinds = (ids == token).long() * (2 if video else 1)
-    parameters = inspect.signature(model.forward).parameters
-    return named | {n: kinds for n in ("mm_token_type_ids", "token_type_ids") if n in parameters}
+    return named | {n: kinds for n in ("mm_token_type_ids", "token_type_ids") if n in takes}
+
+
+def _seen(model, video: bool, takes, generator) -> tuple[dict, int]:
+    """An image or a video as the model takes it, and how many words it stands for."""
+    vision, which = model.config.vision_config, "video" if video else "image"
+    pixels, of_a_patch = "pixel_values_videos" if video else "pixel_values", 3 * _first(vision.patch_size) ** 2
+    if hasattr(vision, "temporal_patch_size"):  # patches of any number of images in a row, and where each one ends
+        grid = torch.tensor([[1, 2 * vision.spatial_merge_size, 2 * vision.spatial_merge_size]])
+        patches = torch.randn(int(grid.prod()), _first(vision.temporal_patch_size) * of_a_patch, generator=generator)
+        return {pixels: patches, f"{which}_grid_thw": grid}, 4
+    if f"{which}_position_ids" in takes:  # patches with their places
+        frames, side = 2 if video else 1, 2 * vision.pooling_kernel_size
+        places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).expand(frames, -1, -1)
+        given = {pixels: torch.rand(frames, side**2, of_a_patch, generator=generator), f"{which}_position_ids": places}
+        return given | ({"num_frames_per_video": torch.tensor([frames])} if video else {}), 4 * frames
+    size = [3, *2 * [_first(vision.image_size)]]
+    if "aspect_ratio_ids" in takes:  # tiles of an image
+        tiles = torch.ones(1, 1, vision.max_num_tiles, dtype=torch.long)
+        given = {pixels: torch.randn(*tiles.shape, *size, generator=generator), "aspect_ratio_mask": tiles}
+        return given | {"aspect_ratio_ids": tiles[..., 0]}, 0
+    images = (1, 1) if "pixel_attention_mask" in takes else (1,)
+    given = {pixels: torch.randn(*images, *size, generator=generator)}
+    with torch.no_grad():
+        features = model.get_image_features(**given)
+    if not isinstance(features, (torch.Tensor, list, tuple)):
+        features = features.last_hidden_state if features.pooler_output is None else features.pooler_output
+    parts = [features] if isinstance(features, torch.Tensor) else features
+    return given, sum(f.numel() // f.shape[-1] for f in parts)
 
 
 def _first(size) -> int:

@@ -84,11 +84,11 @@ def test_the_multimodal_class_of_a_type_that_has_two_is_patched_in_full_and_trai
 
 
 WITH_PICTURES = """
-    cohere2_vision gemma3 glm4v glm4v_moe internvl llava paligemma qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe
-    qwen3_vl qwen3_vl_moe
+    cohere2_vision gemma3 gemma4 glm4v glm4v_moe internvl llama4 llava mllama paligemma qwen2_5_vl qwen2_vl qwen3_5
+    qwen3_5_moe qwen3_vl qwen3_vl_moe smolvlm
 """
-# The others write time stamps between the frames.
-WITH_VIDEOS = "qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe"
+# The others take frames as images, or write time stamps between them.
+WITH_VIDEOS = "gemma4 qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe"
 
 
 @pytest.mark.parametrize("video", [False, True], ids=["image", "video"])
@@ -100,12 +100,12 @@ def test_a_model_that_sees_trains_the_same_through_its_vision_tower(model_type, 
     with torch.no_grad():
         for p in filter(lambda p: not p.any(), model.parameters()):
             p.normal_(0, 0.02)  # Gemma 3's projection is 0 at first, and so were the tower's gradients
-    inputs = inputs.pictures(model, video)
-    wanted = matrix.run(model, inputs)
+    given = inputs.pictures(model, video)
+    wanted = matrix.run(model, given)
     assert any("vis" in name and g.any() for name, g in wanted[1].items())
     report = apply_liger_kernel(model)
     assert not report.left and any("vis" in r.module for r in report.patched)
-    loss, gradient = matrix.difference(matrix.run(model, inputs), wanted)
+    loss, gradient = matrix.difference(matrix.run(model, given), wanted)
     assert loss <= matrix.LOSS and gradient <= matrix.GRADIENT
 
 

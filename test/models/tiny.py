@@ -17,9 +17,9 @@ _FIELDS = {
     0: """num_kv_shared_layers num_nextn_predict_layers""",
     1: """first_k_dense_replace mamba_n_groups moe_layer_end_index n_group n_groups n_layers_per_attn_res_block
         num_hash_layers num_random_blocks split_ngram_parts topk_group""",
-    2: """centroid_intermediate_top_k decoder_layers depth depths_text encoder_layers heads_per_ngram index_kpool
-        index_n_heads index_topk_blocks linear_num_key_heads max_window_layers merge_size moe_k moe_top_k
-        moe_topk n_layer n_layers num_blocks num_codebooks num_decoder_layers num_encoder_layers
+    2: """centroid_intermediate_top_k decoder_layers depth depths_text encoder_layers heads_per_ngram
+        index_kpool index_n_heads index_topk_blocks linear_num_key_heads max_window_layers merge_size moe_k
+        moe_top_k moe_topk n_layer n_layers num_blocks num_codebooks num_decoder_layers num_encoder_layers
         num_experts_per_tok num_global_key_value_heads num_global_layers num_hidden_layers num_kv_heads
         num_layers num_quantizers o_groups spatial_merge_size swa_num_key_value_heads top_k zero_expert_num""",
     4: """attention_heads d_rel decoder_attention_heads encoder_attention_heads gated_norm_rank index_topk
@@ -35,22 +35,23 @@ _FIELDS = {
         mamba_head_dim num_mel_bins num_position_embeddings o_lora_rank ple_embed_dim q_lora_rank
         qk_nope_head_dim qk_rope_head_dim query_pre_attn_scalar rel_extent ssm_state_size state_size
         swa_head_dim v_head_dim""",
-    32: """attention_chunk_size codebook_size codebook_vocab_size dim_model_base expert_ffn_hidden_size image_size index_head_dim
-        moe_intermediate_size moe_shared_expert_intermediate_size original_max_position_embeddings qk_head_dim
-        router_hidden_size shared_expert_intermediate_size shared_experts_intermediate_size
-        shared_intermediate_size""",
-    64: """adapter_out_dim attention_hidden_size audio_hidden_size audio_vocab_size backbone_hidden_size codebook_dim context_length
-        cross_attention_hidden_size d_inner_text decoder_hidden_size d_model dim emb_dim embed_dim embed_proj_dim embedding_dim
-        embedding_size encoder_hash_byte_group_vocab encoder_hidden_size floor_scale hidden_dim hidden_size
-        hidden_size_global input_embedding_size keep_window_size lm_head_size lru_width max_position_embeddings
-        max_seq_len max_source_positions max_target_positions multimodal_hidden_size n_ctx n_embd n_positions
-        ngram_vocab_size_base out_hidden_size output_embedding_size projection_dim projector_hidden_size
-        projector_input_dim projector_output_dim qformer_hidden_size text_hidden_size vision_hidden_size
-        vision_output_dim word_embed_proj_dim""",
+    32: """attention_chunk_size codebook_size codebook_vocab_size dim_model_base expert_ffn_hidden_size
+        image_size index_head_dim moe_intermediate_size moe_shared_expert_intermediate_size
+        original_max_position_embeddings qk_head_dim router_hidden_size shared_expert_intermediate_size
+        shared_experts_intermediate_size shared_intermediate_size""",
+    64: """adapter_out_dim attention_hidden_size audio_hidden_size audio_vocab_size backbone_hidden_size
+        codebook_dim context_length cross_attention_hidden_size d_inner_text decoder_hidden_size d_model dim
+        emb_dim embed_dim embed_proj_dim embedding_dim embedding_size encoder_hash_byte_group_vocab
+        encoder_hidden_size floor_scale hidden_dim hidden_size hidden_size_global input_embedding_size
+        keep_window_size lm_head_size lru_width max_position_embeddings max_seq_len max_source_positions
+        max_target_positions multimodal_hidden_size n_ctx n_embd n_positions ngram_vocab_size_base
+        out_hidden_size output_embedding_size projection_dim projector_hidden_size projector_input_dim
+        projector_output_dim qformer_hidden_size text_hidden_size vision_hidden_size vision_output_dim
+        word_embed_proj_dim""",
     96: """d_ff decoder_ffn_dim dense_intermediate_size dff dim_ff encoder_ffn_dim feed_forward_size ffn_dim
         ffn_hidden_size intermediate_size intermediate_size_mlp mlp_dim n_inner""",
-    128: """decoder_vocab_size mamba_d_ssm pronunciation_vocab_size shape_vocab_size unpadded_vocab_size vocab_size
-        vocab_size_per_layer_input""",
+    128: """decoder_vocab_size mamba_d_ssm pronunciation_vocab_size shape_vocab_size unpadded_vocab_size
+        vocab_size vocab_size_per_layer_input""",
 }  # fmt: skip
 SIZES = {field: size for size, fields in _FIELDS.items() for field in fields.split()}
 _PER_LAYER = {
@@ -92,10 +93,12 @@ OVERRIDES: dict[str, dict] = {
     "instructblip": dict(image_token_index=3, num_query_tokens=2),
     "instructblipvideo": dict(video_token_index=3, num_query_tokens=2),
     "kosmos-2": dict(latent_query_num=2),
+    "llama4_vision_model": dict(intermediate_size=256),
     "lfm2_moe": dict(layer_types=["conv", "full_attention", "conv", "full_attention"], num_hidden_layers=4),
     "mamba2": dict(num_heads=8, head_dim=16),
     "mimi": dict(upsample_groups=1),
     "ministral": dict(head_dim=HEAD_DIM),
+    "mllama_vision_model": dict(intermediate_layers_indices=[0], vision_output_dim=128),
     "mllama_text_model": dict(cross_attention_layers=[1]),
     "molmo2_adapter": dict(vision_feature_layer=[1, 0]),
     "muse_spark_audio": dict(num_hidden_layers=4, hidden_sizes=(16, 32, 32, 64)),
@@ -155,7 +158,9 @@ def _shrunk(default):
     if isinstance(old.get("rope_parameters"), dict):
         new["rope_parameters"] = _shrunk_rope(old["rope_parameters"])
     for name in getattr(kind, "sub_configs", {}):
-        if hasattr(part := old.get(name), "to_dict"):
+        if (part := old.get(name)) is None and hasattr(sub := kind.sub_configs[name], "model_type"):
+            part = sub()  # left out by default
+        if hasattr(part, "to_dict"):
             new[name] = _shrunk(part) if dataclasses.is_dataclass(part) else _shrunk(part).to_dict()
     new |= OVERRIDES.get(kind.model_type or kind.__name__, {})
     if "rope_parameters" not in taken and "rope_scaling" in taken and "rope_parameters" in new:
@@ -210,6 +215,8 @@ def tiny(model_type: str, multimodal: bool = False) -> torch.nn.Module:
     Of a type that has both, the causal class, or the multimodal one.
     """
     config = tiny_config(model_type)
+    if model_type == "llama4":  # transformers 5.24 reads this of its text model's output, which does not have it
+        transformers.modeling_outputs.MoeCausalLMOutputWithPast.image_outputs = None
     torch.manual_seed(0)
     if model_type.startswith("musicgen"):  # its causal class takes a part of the type's configuration
         model = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config.decoder).train()
