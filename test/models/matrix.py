@@ -133,8 +133,17 @@ def count(model: nn.Module, report, entry: Entry) -> None:
     left = {
         f"{classes.get(r.module, r.module.rpartition('.')[2])}: {r.reason}" for r in report.left if r.kind != "head"
     }
-    left |= {f"{classes[n]}: takes no part in this" for n in missed} | {f"{n}: not seen" for n in called}
+    left |= {f"{classes[n]}: {why_missed(model.get_submodule(n))}" for n in missed}
+    left |= {f"{n}: not seen" for n in called}
+    if entry.head.startswith("left"):
+        left.add(f"head: {rows['head'][0].reason}")
     entry.left = sorted(left)
+
+
+def why_missed(module: nn.Module) -> str:
+    if any(p.dim() != 1 for p in module.parameters()):
+        return "its parameters have more than one dimension"
+    return "does not return its input normalised"
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -168,8 +177,8 @@ def page(entries: list[Entry]) -> str:
     ):
         parts.append(totals(name, [e for e in ran if e.model_type in types], len(types)))
     parts += [TABLE, *rows, "", "## Left alone", "", *reasons({e.model_type: e.left for e in ran})]
-    parts += ["", "## Not run", "", "The tiny model could not be built or takes other inputs than text.", ""]
-    parts += reasons({e.model_type: [e.error] for e in entries if e.error})
+    parts += ["", "## Not run", ""]
+    parts += reasons({e.model_type: [tiny.NOT_RUN.get(e.model_type, e.error)] for e in entries if e.error})
     return "\n".join(parts) + "\n"
 
 
@@ -179,8 +188,9 @@ Every type of transformers {transformers} with a causal or a multimodal language
 torch {torch}: what `apply_liger_kernel(model)` patches, and that the patched model computes the same. `make models`
 writes this page. A cell is what is patched of what there is. Loss and gradient are the largest differences from the
 unpatched model in fp32, relative to the loss and to the model's largest gradient; bf16 compares the logits bit for
-bit, with everything but the head patched. Multimodal models are given text, except where they need an image; a type
-with a causal and a multimodal class is shown with the causal one.
+bit, with everything but the head patched. Multimodal models are given text, and an image or sound where they need
+one; a type with a causal and a multimodal class is shown with the causal one. A model whose forward computes no loss is
+trained on the mean square of its logits.
 """
 TABLE = """## By type
 
@@ -220,7 +230,7 @@ def main(arguments: list[str]) -> None:
     """TYPE...: print their entries as JSON, with --on DEVICE first: measured there. --write PATH: write the page."""
     logging.disable(logging.WARNING)
     if arguments[:1] == ["--write"]:
-        types = sorted({*tiny.causal_types(), *tiny.multimodal_types()} - tiny.TOO_LARGE)
+        types = sorted({*tiny.causal_types(), *tiny.multimodal_types()})
         entries = []
         for model_type in types:
             print(model_type, flush=True)
@@ -230,7 +240,7 @@ def main(arguments: list[str]) -> None:
     device = "cpu"
     if arguments[:1] == ["--on"]:
         _, device, *arguments = arguments
-    for model_type in arguments or sorted({*tiny.causal_types(), *tiny.multimodal_types()} - tiny.TOO_LARGE):
+    for model_type in arguments or sorted({*tiny.causal_types(), *tiny.multimodal_types()}):
         print(json.dumps(dataclasses.asdict(measure(model_type, device))), flush=True)
 
 

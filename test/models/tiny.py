@@ -120,7 +120,20 @@ OVERRIDES: dict[str, dict] = {
      "qwen2_5_vl_text", "qwen2_vl_text"], _MROPE
 )  # fmt: skip
 
-TOO_LARGE = {"inkling_mm_model", "vibevoice_asr"}  # their audio or image parts have sizes of no name that is known here
+_A_DRAFT = "drafts for another model, whose caches it takes"
+_BY_ITS_PARTS = "its class has no forward; its thinker is a type of its own"
+NOT_RUN = {
+    "evolla": "reads proteins, and transformers' auto classes do not build it",
+    "fast_vlm": "needs timm for its vision tower",
+    "gemma3n": "needs timm for its vision tower; gemma3n_text is its language model",
+    "gemma4_assistant": _A_DRAFT,
+    "gemma4_unified_assistant": _A_DRAFT,
+    "inkling_mm_model": "needs scipy for its vision tower; inkling_text is its language model",
+    "perception_lm": "needs timm for its vision tower",
+    "pi0": "moves a robot: its loss is of actions, not of words",
+    "qwen2_5_omni": _BY_ITS_PARTS,
+    "qwen3_omni_moe": _BY_ITS_PARTS,
+}
 
 
 def causal_types() -> list[str]:
@@ -144,7 +157,8 @@ def tiny_config(model_type: str):
 
 
 def _shrunk(default):
-    kind, old = type(default), vars(default)
+    kind, old = type(default), dict(vars(default))
+    old |= {n: old[kept] for n, kept in kind.attribute_map.items() if kept in old}  # kept under another name
     taken = fields_of(kind)
     new = {name: _size(name, old[name]) for name in taken & SIZES.keys() & old.keys() if _is_size(old[name])}
     new |= {name: 0.0 for name in taken & old.keys() if "drop" in name and isinstance(old[name], float)}

@@ -101,6 +101,8 @@ class _Calls(TorchFunctionMode):
 @probe.verified_once
 def verify(module: nn.Module) -> Match | Refusal | None:
     """The form a candidate computes; None for what does not behave like a norm at all."""
+    if isinstance(module, nn.GroupNorm):
+        return Refusal(NAME, "normalises groups of channels, not the last dimension")
     names = [n for n, p in module._parameters.items() if p is not None]
     width = _width(module)
     values = {n: 0.5 * probe.random(width, seed=i) + 0.3 for i, n in enumerate(names)}
