@@ -28,7 +28,7 @@ def text(model) -> dict:
     if "codebook_vocab_size" in vars(config):  # each word with the codes of the sound at that time
         ids = torch.stack([ids, *books * [ids % 32]], -1)
     given = dict(input_ids=ids, labels=labels)
-    required = {n for n, p in takes.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    required = _required(model.forward)
     if "pixel_values" in required or config.model_type in NEEDS_AN_IMAGE:
         given["pixel_values"] = _pixels(model, generator)
         given |= _places(config, ids, takes)
@@ -46,6 +46,11 @@ def text(model) -> dict:
     if "bbox" in takes:
         given["bbox"] = torch.rand(2, SEQ, 4, generator=generator).sort(-1).values
     return {n: t for n, t in given.items() if n in takes}
+
+
+def _required(function) -> set[str]:
+    parameters = inspect.signature(function).parameters.items()
+    return {n for n, p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
 
 
 def _pixels(model, generator) -> torch.Tensor:
@@ -87,9 +92,11 @@ def _seen(model, video: bool, takes, generator) -> tuple[dict, int]:
     """An image or a video as the model takes it, and how many words it stands for."""
     vision, which = model.config.vision_config, "video" if video else "image"
     pixels, of_a_patch = "pixel_values_videos" if video else "pixel_values", 3 * _first(vision.patch_size) ** 2
-    if hasattr(vision, "temporal_patch_size"):  # patches of any number of images in a row, and where each one ends
-        grid = torch.tensor([[1, 2 * vision.spatial_merge_size, 2 * vision.spatial_merge_size]])
-        patches = torch.randn(int(grid.prod()), _first(vision.temporal_patch_size) * of_a_patch, generator=generator)
+    if f"{which}_grid_thw" in takes:  # patches of any number of images in a row, and where each one ends
+        side = 2 * (vision.merge_size if hasattr(vision, "merge_size") else vision.spatial_merge_size)
+        frames = vision.patch_temporal if hasattr(vision, "patch_temporal") else vision.temporal_patch_size
+        grid = torch.tensor([[1, side, side]])
+        patches = torch.randn(int(grid.prod()), _first(frames) * of_a_patch, generator=generator)
         return {pixels: patches, f"{which}_grid_thw": grid}, 4
     if f"{which}_position_ids" in takes:  # patches with their places
         frames, side = 2 if video else 1, 2 * vision.pooling_kernel_size
@@ -103,6 +110,8 @@ def _seen(model, video: bool, takes, generator) -> tuple[dict, int]:
         return given | {"aspect_ratio_ids": tiles[..., 0]}, 0
     images = (1, 1) if "pixel_attention_mask" in takes else (1,)
     given = {pixels: torch.randn(*images, *size, generator=generator)}
+    if "image_sizes" in _required(model.get_image_features):
+        given["image_sizes"] = torch.tensor([size[1:]])
     with torch.no_grad():
         features = model.get_image_features(**given)
     if not isinstance(features, (torch.Tensor, list, tuple)):

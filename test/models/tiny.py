@@ -101,6 +101,8 @@ OVERRIDES: dict[str, dict] = {
     "mllama_vision_model": dict(intermediate_layers_indices=[0], vision_output_dim=128),
     "mllama_text_model": dict(cross_attention_layers=[1]),
     "molmo2_adapter": dict(vision_feature_layer=[1, 0]),
+    "muse_glimmer": dict(out_hidden_size=256),
+    "muse_spark": dict(out_hidden_size=256),
     "muse_spark_audio": dict(num_hidden_layers=4, hidden_sizes=(16, 32, 32, 64)),
     "musicgen_decoder": dict(dropout=0.0),
     "nemotron": dict(head_dim=HEAD_DIM, num_key_value_heads=KV_HEADS),
