@@ -299,11 +299,13 @@ def test_a_norm_as_in_t5_keeps_the_dtype_and_bits_of_every_mixture():
     module.gain.data = plain.gain.data
     assert only_row(module).kernel == "rms_norm llama"
     for weight, value in itertools.product((torch.bfloat16, torch.float32), repeat=2):
-        x = torch.randn(3, 24).to(value)
+        x = torch.randn(64, 24).to(value)
         y, wanted = module.to(weight)(x), plain.to(weight)(x)
         assert y.dtype is wanted.dtype
-        # fp32: a kernel adds the squares in another order
-        torch.testing.assert_close(y, wanted, rtol=2e-6 if y.dtype is torch.float32 else 0, atol=0)
+        if y.dtype is torch.float32:
+            torch.testing.assert_close(y, wanted, rtol=2e-6, atol=0)  # the squares are summed in another order
+        else:
+            assert probe.same(y, wanted) >= probe.MIN_SAME  # all but a rare tie
 
 
 def test_a_norm_that_casts_for_autocast_still_does():
