@@ -19,7 +19,7 @@ import transformers
 from torch import nn
 
 from liger_kernel.transformers import apply_liger_kernel, revert_liger_kernel
-from models import tiny
+from models import inputs, tiny
 
 # fp32 rounding through two layers and a head, relative to the loss and to the model's largest gradient. Both runs do
 # the same mathematics in another order; the largest differences seen are a tenth of these.
@@ -57,27 +57,28 @@ def measure(model_type: str, device: str = "cpu", multimodal: bool = False) -> E
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = tiny.tiny(model_type, multimodal).to(device)
-            inputs = {name: t.to(device) for name, t in tiny.text(model).items()}
-            wanted, again = run(model, inputs), run(model, inputs)
+            given = {name: t.to(device) for name, t in inputs.text(model).items()}
+            wanted, again = run(model, given), run(model, given)
     except Exception as problem:
         entry.error = " ".join(f"{type(problem).__name__}: {problem}".split())[:160]
         return entry
     entry.deterministic = difference(again, wanted) == (0.0, 0.0)
     try:
         count(model, apply_liger_kernel(model), entry)
-        entry.loss, entry.gradient = difference(run(model, inputs), wanted)
+        entry.loss, entry.gradient = difference(run(model, given), wanted)
         revert_liger_kernel(model)
-        entry.bits = bits(model, inputs)
+        entry.bits = bits(model, given)
     finally:
         revert_liger_kernel(model)
     entry.seconds = round(time.time() - start, 2)
     return entry
 
 
-def run(model: nn.Module, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def run(model: nn.Module, given: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model.zero_grad(set_to_none=True)
     torch.manual_seed(7)
-    loss = model(**inputs, use_cache=False).loss
+    outputs = model(**given, use_cache=False)
+    loss = outputs.loss if outputs.loss is not None else outputs.logits.float().square().mean()
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -93,26 +94,27 @@ def difference(found, wanted) -> tuple[float, float]:
     return (loss - loss_wanted).abs().item() / max(1.0, abs(loss_wanted.item())), worst / largest
 
 
-def bits(model: nn.Module, inputs: dict) -> str:
+def bits(model: nn.Module, given: dict) -> str:
     """Whether the bf16 logits of the unpatched model are those of the patched one, bit for bit."""
     model.bfloat16()
     try:
-        wanted = logits(model, inputs)
+        wanted = logits(model, given)
     except Exception as problem:
         return f"cannot run in bf16 ({type(problem).__name__})"
-    if not torch.equal(logits(model, inputs), wanted):
+    if not torch.equal(logits(model, given), wanted):
         return "not deterministic"
     apply_liger_kernel(model, fused_linear_cross_entropy=False)
-    found = logits(model, inputs)
+    found = logits(model, given)
     if torch.equal(found, wanted):
         return "same"
     return f"{(found == wanted).float().mean():.0%} same"
 
 
 @torch.no_grad()
-def logits(model: nn.Module, inputs: dict) -> torch.Tensor:
+def logits(model: nn.Module, given: dict) -> torch.Tensor:
     torch.manual_seed(7)
-    return model(input_ids=inputs["input_ids"], use_cache=False).logits
+    low = {name: t.bfloat16() if t.is_floating_point() else t for name, t in given.items()}
+    return model(**low, use_cache=False).logits
 
 
 def count(model: nn.Module, report, entry: Entry) -> None:
@@ -131,8 +133,17 @@ def count(model: nn.Module, report, entry: Entry) -> None:
     left = {
         f"{classes.get(r.module, r.module.rpartition('.')[2])}: {r.reason}" for r in report.left if r.kind != "head"
     }
-    left |= {f"{classes[n]}: takes no part in this" for n in missed} | {f"{n}: not seen" for n in called}
+    left |= {f"{classes[n]}: {why_missed(model.get_submodule(n))}" for n in missed}
+    left |= {f"{n}: not seen" for n in called}
+    if entry.head.startswith("left"):
+        left.add(f"head: {rows['head'][0].reason}")
     entry.left = sorted(left)
+
+
+def why_missed(module: nn.Module) -> str:
+    if any(p.dim() != 1 for p in module.parameters()):
+        return "its parameters have more than one dimension"
+    return "does not return its input normalised"
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -166,8 +177,8 @@ def page(entries: list[Entry]) -> str:
     ):
         parts.append(totals(name, [e for e in ran if e.model_type in types], len(types)))
     parts += [TABLE, *rows, "", "## Left alone", "", *reasons({e.model_type: e.left for e in ran})]
-    parts += ["", "## Not run", "", "The tiny model could not be built or takes other inputs than text.", ""]
-    parts += reasons({e.model_type: [e.error] for e in entries if e.error})
+    parts += ["", "## Not run", ""]
+    parts += reasons({e.model_type: [tiny.NOT_RUN.get(e.model_type, e.error)] for e in entries if e.error})
     return "\n".join(parts) + "\n"
 
 
@@ -177,8 +188,9 @@ Every type of transformers {transformers} with a causal or a multimodal language
 torch {torch}: what `apply_liger_kernel(model)` patches, and that the patched model computes the same. `make models`
 writes this page. A cell is what is patched of what there is. Loss and gradient are the largest differences from the
 unpatched model in fp32, relative to the loss and to the model's largest gradient; bf16 compares the logits bit for
-bit, with everything but the head patched. Multimodal models are given text, except where they need an image; a type
-with a causal and a multimodal class is shown with the causal one.
+bit, with everything but the head patched. Multimodal models are given text, and an image or sound where they need
+one; a type with a causal and a multimodal class is shown with the causal one. A model whose forward computes no loss is
+trained on the mean square of its logits.
 """
 TABLE = """## By type
 
@@ -218,7 +230,7 @@ def main(arguments: list[str]) -> None:
     """TYPE...: print their entries as JSON, with --on DEVICE first: measured there. --write PATH: write the page."""
     logging.disable(logging.WARNING)
     if arguments[:1] == ["--write"]:
-        types = sorted({*tiny.causal_types(), *tiny.multimodal_types()} - tiny.TOO_LARGE)
+        types = sorted({*tiny.causal_types(), *tiny.multimodal_types()})
         entries = []
         for model_type in types:
             print(model_type, flush=True)
@@ -228,7 +240,7 @@ def main(arguments: list[str]) -> None:
     device = "cpu"
     if arguments[:1] == ["--on"]:
         _, device, *arguments = arguments
-    for model_type in arguments or sorted({*tiny.causal_types(), *tiny.multimodal_types()} - tiny.TOO_LARGE):
+    for model_type in arguments or sorted({*tiny.causal_types(), *tiny.multimodal_types()}):
         print(json.dumps(dataclasses.asdict(measure(model_type, device))), flush=True)
 
 

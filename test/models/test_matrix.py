@@ -15,8 +15,10 @@ import torch
 
 pytest.importorskip("transformers")
 
+import transformers  # noqa: E402
+
 from liger_kernel.transformers import apply_liger_kernel  # noqa: E402
-from models import matrix, tiny  # noqa: E402
+from models import inputs, matrix, tiny  # noqa: E402
 
 from support import release_ropes  # noqa: E402
 
@@ -30,8 +32,11 @@ _SAMPLE = """
     nemotron olmo phi3 qwen2_5_vl qwen2_vl qwen3_moe qwen3_next qwen3_vl recurrent_gemma whisper xlstm zamba2
 """
 SAMPLE = _SAMPLE.split()
-# Not bit-identical in bf16: cohere2_vision differs in a rare tie of two roundings; the others' own code fails in bf16.
-NO_BITS = {"cohere2_vision", "inkling2_text", "t5gemma2"}
+# Not bit-identical in bf16: voxtral_realtime's first norm keeps the strides of a transposed input and ours does not, so
+# torch's next matmul rounds otherwise; Inkling fails in bf16.
+NO_BITS = {"inkling2", "inkling2_loop", "inkling2_loop_text", "inkling2_text", "voxtral_realtime"}
+# Cohere's layer norms are a tie of two roundings in one element of a thousand; which, the CPU decides.
+RARE_TIES = {"cohere", "cohere2_vision"}
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +48,7 @@ def no_rope_left():
 def rows() -> dict[str, list[str]]:
     """The cells of the page's table by type."""
     table = PAGE[PAGE.index("## By type") : PAGE.index("## Left alone")]
-    found = (line[2:-2].split(" | ") for line in table.splitlines() if re.match(r"\| [a-z]", line))
+    found = (line[2:-2].split(" | ") for line in table.splitlines() if re.match(r"\| (?!type )[a-z]", line))
     return {cells[0]: [cell.strip() for cell in cells] for cells in found}
 
 
@@ -51,14 +56,20 @@ ROWS = rows()
 
 
 def known_types():
-    return {*tiny.causal_types(), *tiny.multimodal_types()} - tiny.TOO_LARGE
+    return {*tiny.causal_types(), *tiny.multimodal_types()}
+
+
+def bits_hold(entry):
+    """Whether the bf16 logits are those of the unpatched model, as far as we promise."""
+    allowed = ("same", "100% same", "99% same") if entry.model_type in RARE_TIES else ("same",)
+    return entry.bits in allowed or entry.model_type in NO_BITS
 
 
 def check(model_type):
     entry = matrix.measure(model_type)
     assert not entry.error
     assert entry.equal, f"loss differs by {entry.loss:.1e}, gradients by {entry.gradient:.1e}"
-    assert entry.bits == "same" or model_type in NO_BITS, entry.bits
+    assert bits_hold(entry), entry.bits
     promised = [int(cell.partition("/")[0] or 0) for cell in ROWS[model_type][1:5]]
     found = [done for done, _ in (entry.norms, entry.mlps, entry.ropes, entry.experts)]
     assert all(f >= p for f, p in zip(found, promised, strict=True)), f"patched {found}, the page says {promised}"
@@ -70,6 +81,7 @@ def test_a_type_of_the_sample_is_patched_as_the_page_says_and_trains_the_same(mo
     check(model_type)
 
 
+NO_GATE = {"llama4"}  # whose experts compute it inside their forward
 # Types whose multimodal class is another than the causal one that the page shows.
 OF_TWO_CLASSES = ["dots3_note", "llama4", "mllama", "qwen3_5", "qwen3_5_moe"]
 
@@ -78,34 +90,36 @@ OF_TWO_CLASSES = ["dots3_note", "llama4", "mllama", "qwen3_5", "qwen3_5_moe"]
 def test_the_multimodal_class_of_a_type_that_has_two_is_patched_in_full_and_trains_the_same(model_type):
     entry = matrix.measure(model_type, multimodal=True)
     assert not entry.error and entry.head.startswith("fused_linear_cross_entropy")
-    for done, there in (entry.norms, entry.mlps, entry.ropes, entry.experts):
+    experts = (0, 0) if model_type in NO_GATE else entry.experts
+    for done, there in (entry.norms, entry.mlps, entry.ropes, experts):
         assert done == there, entry.left
     assert entry.equal and entry.bits == "same"
 
 
 WITH_PICTURES = """
-    cohere2_vision gemma3 glm4v glm4v_moe internvl llava paligemma qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe
-    qwen3_vl qwen3_vl_moe
+    cohere2_vision gemma3 gemma4 glm4v glm4v_moe internvl llama4 llava mistral3 mllama muse_glimmer paligemma qwen2_5_vl
+    qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe smolvlm
 """
-# The others write time stamps between the frames.
-WITH_VIDEOS = "qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe"
+# The others take frames as images, or write time stamps between them.
+WITH_VIDEOS = "gemma4 muse_glimmer qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe"
 
 
-@pytest.mark.parametrize("video", [False, True], ids=["image", "video"])
-@pytest.mark.parametrize("model_type", WITH_PICTURES.split())
+SEEING = [(t, False) for t in WITH_PICTURES.split()] + [(t, True) for t in WITH_VIDEOS.split()]
+
+
+@pytest.mark.parametrize("model_type, video", SEEING, ids=[f"{t}-{'video' if v else 'image'}" for t, v in SEEING])
 def test_a_model_that_sees_trains_the_same_through_its_vision_tower(model_type, video):
-    if video and model_type not in WITH_VIDEOS.split():
-        pytest.skip("takes no videos")
     model = tiny.tiny(model_type, multimodal=True)
     with torch.no_grad():
         for p in filter(lambda p: not p.any(), model.parameters()):
             p.normal_(0, 0.02)  # Gemma 3's projection is 0 at first, and so were the tower's gradients
-    inputs = tiny.pictures(model, video)
-    wanted = matrix.run(model, inputs)
+    given = inputs.pictures(model, video)
+    wanted = matrix.run(model, given)
     assert any("vis" in name and g.any() for name, g in wanted[1].items())
     report = apply_liger_kernel(model)
-    assert not report.left and any("vis" in r.module for r in report.patched)
-    loss, gradient = matrix.difference(matrix.run(model, inputs), wanted)
+    assert any("vis" in r.module for r in report.patched)
+    assert {r.kind for r in report.left} == ({"experts"} if model_type in NO_GATE else set())
+    loss, gradient = matrix.difference(matrix.run(model, given), wanted)
     assert loss <= matrix.LOSS and gradient <= matrix.GRADIENT
 
 
@@ -117,13 +131,19 @@ def test_every_type_is_patched_as_the_page_says_and_trains_the_same(model_type):
     check(model_type)
 
 
+def test_every_type_is_on_the_page():
+    if f"of transformers {transformers.__version__} " not in PAGE:
+        pytest.skip("the page is of another version of transformers")
+    assert ROWS.keys() | tiny.NOT_RUN.keys() == known_types() and not ROWS.keys() & tiny.NOT_RUN.keys()
+
+
 def test_the_page_shows_the_coverage_we_promise():
     causal, multimodal = re.findall(r"^\*\*(\d+) of .*?\*\*: (\d+) of \d+ norms; (.*)$", PAGE, re.MULTILINE)
-    assert int(causal[0]) >= 186 and int(causal[1]) >= 1419
+    assert int(causal[0]) >= 193 and int(causal[1]) >= 1550
     mlps, ropes, _, head, equal, _ = map(int, re.findall(r" in (\d+)", " " + causal[2]))
-    assert mlps >= 102 and ropes >= 122 and head >= 182 and equal >= 185
+    assert mlps >= 106 and ropes >= 133 and head >= 190 and equal >= 193
     *_, head, equal, _ = map(int, re.findall(r" in (\d+)", " " + multimodal[2]))
-    assert min(int(multimodal[0]), head, equal) >= 78
+    assert min(int(multimodal[0]), equal) >= 107 and head >= 103
 
 
 @pytest.mark.gpu
@@ -152,7 +172,7 @@ def test_the_sample_holds_with_an_older_transformers(version):
     entries = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
     ran = [matrix.Entry(**e) for e in entries if not e["error"]]
     assert len(ran) >= 25
-    assert {e.model_type for e in ran if not e.equal or e.bits != "same"} <= NO_BITS
+    assert not [e for e in ran if not e.equal or not bits_hold(e)]
     assert all(e.norms[0] for e in ran) and not any(e.head.startswith("left") for e in ran)
     if version == "457":
         assert all(not done for e in ran for done in e.experts[:1])

@@ -93,6 +93,29 @@ def test_axolotl_takes_classes_for_those_of_torch(monkeypatch):
     torch.testing.assert_close((nn.LayerNorm(10, eps=1e-5)(x), nn.CrossEntropyLoss()(x, target)), wanted)
 
 
+def test_axolotl_wraps_the_room_and_the_module_of_the_head(monkeypatch):
+    import liger_kernel.ops.fused_linear_cross_entropy
+
+    room, module, called = liger_kernel.ops.fused_linear_cross_entropy, ours.LigerFusedLinearCrossEntropyLoss, []
+    for name in ("fused_linear_cross_entropy_forward", "fused_linear_cross_entropy_backward"):
+        own = torch.compiler.disable(getattr(room, name))
+        monkeypatch.setattr(room, name, lambda *a, _own=own, _name=name, **k: called.append(_name) or _own(*a, **k))
+    constructor = module.__init__
+
+    def scaled(self, *args, **kwargs):
+        constructor(self, *args, **kwargs | dict(use_token_scaling=True))
+
+    x, weight, target = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8), torch.arange(6)
+    wanted = module(use_token_scaling=True)(weight, x, target)
+    plain = module()(weight, x, target)
+    monkeypatch.setattr(module, "__init__", scaled)
+    called.clear()
+    found = module()(weight, x, target)
+    found.backward()
+    assert torch.equal(found, wanted) and not torch.equal(found, plain)
+    assert called == ["fused_linear_cross_entropy_forward", "fused_linear_cross_entropy_backward"]
+
+
 def test_axolotl_subclasses_the_geglu_mlp():
     class WithIndex(ours.LigerGEGLUMLP):
         def __init__(self, config, layer_idx=None):

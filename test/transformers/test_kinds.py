@@ -1,6 +1,7 @@
 """What the engine takes for a kernel, what it refuses, and what verification costs and leaves untouched."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -285,6 +286,28 @@ def test_an_fp32_weight_on_a_bf16_input_gives_the_original_dtype(make):
     torch.testing.assert_close(module(x), wanted, rtol=1e-2, atol=1e-2)
 
 
+class RoundsForHalfWeights(InventedNorm):
+    """As T5's norm: rounds what it normalised to the weight's dtype where that is of half precision only."""
+
+    def forward(self, value):
+        y = value * torch.rsqrt(value.float().square().mean(-1, keepdim=True) + self.tiny)
+        return self.gain * (y.to(self.gain.dtype) if self.gain.dtype is torch.bfloat16 else y)
+
+
+def test_a_norm_as_in_t5_keeps_the_dtype_and_bits_of_every_mixture():
+    module, plain = (RoundsForHalfWeights(24) for _ in range(2))
+    module.gain.data = plain.gain.data
+    assert only_row(module).kernel == "rms_norm llama"
+    for weight, value in itertools.product((torch.bfloat16, torch.float32), repeat=2):
+        x = torch.randn(64, 24).to(value)
+        y, wanted = module.to(weight)(x), plain.to(weight)(x)
+        assert y.dtype is wanted.dtype
+        if y.dtype is torch.float32:
+            torch.testing.assert_close(y, wanted, rtol=2e-6, atol=0)  # the squares are summed in another order
+        else:
+            assert probe.same(y, wanted) >= probe.MIN_SAME  # all but a rare tie
+
+
 def test_a_norm_that_casts_for_autocast_still_does():
     module, plain = OffsetLayerNorm(24), OffsetLayerNorm(24)
     assert only_row(module).reason is None
@@ -326,17 +349,17 @@ def test_a_rotation_of_any_name_is_found_where_the_model_calls_it():
     assert rotate_of_this_test is original
 
 
-def test_a_rotation_the_other_way_is_refused(monkeypatch):
-    def backwards(q, k, cos, sin, unsqueeze_dim=1, _right=rotate_of_this_test):
-        return _right(q, k, cos, -sin, unsqueeze_dim)
+def test_a_reflection_of_the_same_signature_is_refused(monkeypatch):
+    def reflected(q, k, cos, sin, unsqueeze_dim=1, _right=rotate_of_this_test):
+        return _right(q, k, -cos, sin, unsqueeze_dim)
 
-    def backwards_of_the_same_signature(q, k, cos, sin, unsqueeze_dim=1):
-        return backwards(q, k, cos, sin, unsqueeze_dim)
+    def reflected_of_the_same_signature(q, k, cos, sin, unsqueeze_dim=1):
+        return reflected(q, k, cos, sin, unsqueeze_dim)
 
-    monkeypatch.setitem(globals(), "rotate_of_this_test", backwards_of_the_same_signature)
+    monkeypatch.setitem(globals(), "rotate_of_this_test", reflected_of_the_same_signature)
     row = next(r for r in apply_liger_kernel(RopeInAHelper()).rows if r.kind == "rope")
     assert "fits no known rotation" in row.reason
-    assert rotate_of_this_test is backwards_of_the_same_signature
+    assert rotate_of_this_test is reflected_of_the_same_signature
 
 
 # Verification

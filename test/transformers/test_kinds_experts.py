@@ -129,6 +129,17 @@ def test_a_gate_that_someone_else_replaced_is_left_and_its_owner_named():
     assert "belongs to" in row.reason
 
 
+def test_experts_without_a_gate_of_their_own_are_not_passed_over_in_silence():
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.randn(2, 8, 12))
+            self.down_proj = nn.Parameter(torch.randn(2, 6, 8))
+
+    (row,) = rows(nn.Sequential(Packed()))
+    assert row.reason == experts.INSIDE
+
+
 def test_experts_that_are_modules_of_their_own_are_left_alone():
     class Old(nn.Module):
         def __init__(self):

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import pickle
+import sys
 
 import pytest
 import torch
@@ -350,6 +351,18 @@ def test_the_report_prints_a_line_per_kind_of_module():
     assert lines["LlamaForCausalLM:"] == "LlamaForCausalLM: 8 of 12 found are patched"
     assert lines["model.layers.*.input_layernorm"].split()[1:5] == ["3", "norm", "rms_norm", "llama"]
     assert lines["model.layers.*.mlp"].endswith("switched off (swiglu=False)")
+
+
+def test_the_report_is_a_table_of_rich_on_a_terminal_and_plain_without_rich(monkeypatch):
+    pytest.importorskip("rich")
+    report = apply_liger_kernel(tiny_model("llama", layers=3), **BODY)
+    plain = str(report)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    drawn = str(report)
+    assert drawn != plain and "┃" in drawn and "model.layers.*.input_layernorm" in drawn
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert str(report) == plain
 
 
 def test_the_report_as_json_holds_every_row():

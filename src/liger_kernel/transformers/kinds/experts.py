@@ -21,12 +21,16 @@ from liger_kernel.transformers.kinds.probe import MAX_ERROR, Match, Refusal
 NAME = "experts"
 SLOT = "_apply_gate"  # the method that is bound, where other kinds bind the forward
 IMPLEMENTATION = "liger"
+INSIDE = "their gate is inside their forward, not a method of its own as in those of transformers' ExpertsInterface"
 ALONE = "one of a list of experts, which are run one by one; transformers 5 keeps them in one module"
 
 
 def candidate(module: nn.Module) -> bool:
-    """All experts' gate and up in one parameter, and the method between the products."""
-    return callable(getattr(type(module), SLOT, None)) and "gate_up_proj" in module._parameters
+    """All experts' gate and up in one parameter, with the method between the products or a second parameter."""
+    tensors = [module._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
+    if tensors[0] is not None and callable(getattr(type(module), SLOT, None)):
+        return True
+    return all(t is not None and len(probe.shape_of(t)) == 3 for t in tensors)
 
 
 def separate(model: nn.Module) -> Iterator[nn.Module]:
@@ -37,7 +41,9 @@ def separate(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def verify(module: nn.Module) -> Match | Refusal:
-    """The form of a module's gate, where its implementation asks for it at all."""
+    """The form of a module's gate, where it has one and its implementation asks for it at all."""
+    if not callable(getattr(type(module), SLOT, None)):
+        return Refusal(NAME, INSIDE)
     chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
     if chosen in (None, "eager"):
         return Refusal(NAME, f"experts_implementation={chosen!r} runs them one by one, past their gate")

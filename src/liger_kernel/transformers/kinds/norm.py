@@ -39,7 +39,7 @@ class Norm:
     eps: str | float
     offset: float = 0.0
     casting: str = "gemma"
-    promotes: bool = False  # an fp32 weight makes the result of a bf16 input fp32
+    promotes: str | None = None  # the casting where an fp32 weight makes the result of a bf16 input fp32
     autocasts: bool = False  # calls a torch op that autocast runs in fp32 on accelerators
     narrows: bool = False  # itself casts to the dtype of autocast
 
@@ -101,6 +101,8 @@ class _Calls(TorchFunctionMode):
 @probe.verified_once
 def verify(module: nn.Module) -> Match | Refusal | None:
     """The form a candidate computes; None for what does not behave like a norm at all."""
+    if isinstance(module, nn.GroupNorm):
+        return Refusal(NAME, "normalises groups of channels, not the last dimension")
     names = [n for n, p in module._parameters.items() if p is not None]
     width = _width(module)
     values = {n: 0.5 * probe.random(width, seed=i) + 0.3 for i, n in enumerate(names)}
@@ -162,13 +164,18 @@ def _rounding(original, fits, x, values, **autocast):
     rates = []
     for form, value, found in fits:
         rate = probe.same(y, _formula(form, x, lows, value))
-        if mixed is not None:
-            rate = min(rate, probe.same(mixed, _formula(form, x, values, value, mixed.dtype)))
-        rates.append((rate, form, found))
+        # T5's kind rounds before a weight of half precision only
+        for casting in dict.fromkeys([form.casting, "gemma"] if promotes else [form.casting]):
+            one = replace(form, promotes=casting if promotes else None)
+            agreed = 1.0
+            if mixed is not None:
+                wanted = _formula(replace(one, casting=casting), x, values, value, mixed.dtype)
+                agreed = probe.same(mixed, wanted)
+            rates.append((min(rate, agreed), one, found))
     rate, form, found = max(rates, key=lambda r: r[0])
     if rate < MIN_SAME:
         return Refusal(NAME, f"agrees in fp32 but rounds bf16 in another order ({rate:.0%} of the bits agree)")
-    form = replace(form, promotes=promotes, **autocast)
+    form = replace(form, **autocast)
     flag = f"{form.base}_norm"
     details = [form.casting] if form.base == "rms" else []
     details += [f"offset {form.offset:g}"] if form.offset else []
@@ -199,9 +206,11 @@ def forward(form: Norm | GatedNorm, name: str = "forward"):
                 x = x.to(torch.promote_types(x.dtype, weight.dtype))
             return functional.liger_layer_norm(x, weight, bias, eps)
         if form.promotes and weight.dtype is not x.dtype:
+            if form.promotes != form.casting and x.dtype is torch.float32:
+                return type(self).forward(self, x)  # T5's kind rounds to the weight's dtype here
             out = torch.promote_types(x.dtype, weight.dtype)
             function = ops.LigerRMSNormFunction
-            return function.apply(x, weight, eps, form.offset, form.casting, False, None, out)
+            return function.apply(x, weight, eps, form.offset, form.promotes, False, None, out)
         return functional.liger_rms_norm(x, weight, eps, form.offset, form.casting, False)
 
     method.__name__ = name

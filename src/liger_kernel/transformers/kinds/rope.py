@@ -11,7 +11,7 @@ import inspect
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import MethodType
+from types import CodeType, MethodType
 from typing import Any
 
 from torch import nn
@@ -45,16 +45,35 @@ _replaced: dict[str, _Replaced] = {}
 
 
 def places(model: nn.Module) -> Iterator[Place]:
-    """Where the model's own code finds rotary functions, each place once."""
-    seen = set()
+    """Where the model's own code finds rotary functions, each place once.
+
+    One that is no known rotation but calls others, as Gemma 4's of two dimensions does, stands for these.
+    """
+    found: dict[str, Place] = {}
     for cls in dict.fromkeys(type(m) for m in model.modules()):
         for method in _methods(cls):
-            for name in method.__code__.co_names:
-                place = Place(method.__globals__, name)
-                function = place.scope.get(name)
-                if callable(function) and place.label not in seen and _is_rotary(function):
-                    seen.add(place.label)
-                    yield place
+            for place in _called(method):
+                if place.label not in found:
+                    function = _plain(original(place))
+                    within = list(_called(function)) if isinstance(verify(original(place)), Refusal) else []
+                    found |= {p.label: p for p in within or [place]}
+    yield from found.values()
+
+
+def _called(function: Any) -> Iterator[Place]:
+    """The rotary functions that a function's code names."""
+    scope = getattr(function, "__globals__", {})
+    for name in _names(getattr(function, "__code__", None)):
+        if callable(scope.get(name)) and _is_rotary(scope[name]):
+            yield Place(scope, name)
+
+
+def _names(code: Any) -> Iterator[str]:
+    """Every name in a code object and in those inside it: comprehensions have one of their own."""
+    if isinstance(code, CodeType):
+        yield from code.co_names
+        for constant in code.co_consts:
+            yield from _names(constant)
 
 
 def _methods(cls: type) -> Iterator[Any]:

@@ -57,7 +57,9 @@ class Rope:
     style: str  # see STYLES of ops/rope.py
     table: str  # "full": as wide as what is rotated; "half": half of it; "doubled": full, its second half unread
     layouts: tuple[int, ...]
-    partial: bool  # may rotate the first elements of a head only
+    partial: bool  # may rotate some elements of a head only: the first
+    last: bool = False  # the last instead
+    backwards: bool = False  # by the negative angle
     wide: bool = False  # computed in fp32
     keeps_dtype: bool = False  # the result has the dtype of what is rotated, whatever the table's
 
@@ -84,8 +86,8 @@ def verify(function: Any) -> Match | Refusal:
     if not layouts:
         return Refusal(NAME, "cannot be run on q, k, cos and sin of any known layout")
     closest = float("inf")
-    for style, table in itertools.product(STYLES, _WIDTHS):
-        form = Rope(call, style, table, tuple(layouts), partial=False)
+    for last, backwards, style, table in itertools.product((False, True), (False, True), STYLES, _WIDTHS):
+        form = Rope(call, style, table, tuple(layouts), False, last, backwards)
         partly = [_error(function, form, n, _DIM // 2) for n in layouts]
         form = replace(form, partial=None not in partly)
         found = max(e for e in (*(_error(function, form, n, _DIM) for n in layouts), *partly) if e is not None)
@@ -113,7 +115,7 @@ def _rounding(function: Callable, form: Rope, error: float) -> Match | Refusal:
 
 def _description(form: Rope) -> str:
     kinds = {"multimodal": form.call.multimodal, "complex": form.call.complex, "in fp32": form.wide}
-    kinds["keeps dtype"] = form.keeps_dtype and not form.wide
+    kinds |= {"keeps dtype": form.keeps_dtype and not form.wide, "backwards": form.backwards, "at the end": form.last}
     return " ".join(["rope", form.style, *(name for name, true in kinds.items() if true)])
 
 
@@ -160,8 +162,10 @@ def _formula(form: Rope, layout: int, given: dict) -> tuple[torch.Tensor, ...]:
     xs, cos, sin = _parts(form.call, given)
     xs, heads_at = _with_heads(xs, layout)
     cos, sin, rotary = _tables(form, cos, sin)
+    rests, xs = _split(form, xs, rotary)
     both = xs if len(xs) == 2 else (xs[0], xs[0])
     wanted = reference(*both, cos, sin, heads_at, rotary, form.style, given.get("mrope_section"))[: len(xs)]
+    wanted = _join(rests, wanted)
     if form.keeps_dtype:
         wanted = tuple(w.to(x.dtype) for w, x in zip(wanted, xs, strict=True))
     return tuple(w.squeeze(0) for w in wanted) if layout == _PACKED else wanted
@@ -198,6 +202,17 @@ def _with_heads(xs: tuple, layout: int) -> tuple[tuple, int]:
     return (tuple(x.unsqueeze(0) for x in xs), 2) if layout == _PACKED else (xs, layout)
 
 
+def _split(form: Rope, xs: tuple, rotary: int) -> tuple[tuple, tuple]:
+    """What passes by before the elements that are rotated at the end of a head, and what the op takes."""
+    if not form.last:
+        return (), xs
+    return tuple(x[..., :-rotary] for x in xs), tuple(x[..., -rotary:] for x in xs)
+
+
+def _join(rests: tuple, ys: tuple) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.cat((r, y), -1) for r, y in zip(rests, ys)) or ys
+
+
 def _tables(form: Rope, cos, sin):
     """cos, sin and how many elements they rotate."""
     width = cos.shape[-1]
@@ -205,6 +220,8 @@ def _tables(form: Rope, cos, sin):
         cos, sin = cos[..., : width // 2], sin[..., : width // 2]
     if form.wide:
         cos, sin = cos.float(), sin.float()
+    if form.backwards:
+        sin = -sin
     return cos, sin, 2 * width if form.table == "half" else width
 
 
@@ -245,6 +262,7 @@ def replacement(original: Callable, form: Rope) -> Callable:
             return original(*args, **kwargs)
         cos, sin, rotary = _tables(form, cos, sin)
         xs, heads_at = _with_heads(xs, layout)
+        rests, xs = _split(form, xs, rotary)
         if len(xs) == 1:
             xs = (xs[0], xs[0].narrow(heads_at, 0, 0))  # no heads of k
         if plain:
@@ -252,6 +270,7 @@ def replacement(original: Callable, form: Rope) -> Callable:
         else:
             options = form.keeps_dtype, form.style, given.get("mrope_section")
             ys = ops.LigerRopeFunction.apply(*xs, cos, sin, None, heads_at, rotary, *options)
+        ys = _join(rests, ys)
         if layout == _PACKED:
             ys = tuple(y.squeeze(0) for y in ys)
         return ys if len(form.call.rotated) == 2 else ys[0]
