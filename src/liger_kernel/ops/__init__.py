@@ -35,6 +35,11 @@ EXPORTS: dict[str, tuple[str, ...]] = {
     "jsd": ("LigerJSDFunction", "jsd_backward", "jsd_forward"),
     "kl_div": ("LigerKLDivLossFunction",),
     "layer_norm": ("LigerLayerNormFunction", "layer_norm_backward", "layer_norm_forward"),
+    "modulated_rms_norm": (
+        "LigerModulatedRMSNormFunction",
+        "modulated_rms_norm_backward",
+        "modulated_rms_norm_forward",
+    ),
     "poly_norm": ("LigerPolyNormFunction", "poly_norm_backward", "poly_norm_forward"),
     "rms_norm": ("LigerRMSNormFunction", "rms_norm_backward", "rms_norm_forward"),
     "softmax": ("LigerSoftmaxFunction",),
@@ -60,7 +65,6 @@ NOT_BUILT = (
     "LigerAttnResFunction", "attn_res_backward", "attn_res_forward",
     "LigerFusedNeighborhoodAttentionFunction",
     "LigerMHCCoeffsFunction", "LigerMHCPostResFunction", "LigerMHCPreFunction",
-    "LigerModulatedRMSNormFunction", "modulated_rms_norm_backward", "modulated_rms_norm_forward",
     "LigerMultiTokenAttentionFunction",
 )  # fmt: skip
 

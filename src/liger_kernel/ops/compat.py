@@ -142,6 +142,34 @@ def fused_add_rms_norm_backward(
     return dX, dX, dW
 
 
+# modulated_rms_norm
+
+
+def modulated_rms_norm_forward(X, W, scale, shift, eps, offset, casting_mode):
+    """-> (Y, RSTD, BLOCK_SIZE, num_warps, casting_mode as an int, rows that share a scale)."""
+    from liger_kernel.ops import modulated_rms_norm as room
+    from liger_kernel.ops.rms_norm import CASTING
+
+    casting_mode, run = room.check(X, W, scale, shift, casting_mode)
+    X, scale, shift = X.contiguous(), room.as_table(scale), None if shift is None else room.as_table(shift)
+    y, rstd = kernels("modulated_rms_norm", X).forward(X, W, scale, shift, run, eps, offset, casting_mode)
+    return y, rstd, None, None, CASTING[casting_mode], run
+
+
+def modulated_rms_norm_backward(
+    dY, X, W, scale, shift, RSTD, offset, casting_mode, BLOCK_SIZE, num_warps, rows_per_modulation, in_place
+):
+    """-> (dX, dW, dScale, dShift); dW and dShift are None without a weight or a shift."""
+    from liger_kernel.ops import modulated_rms_norm as room
+
+    casting_mode, run = room.check(X, W, scale, shift, casting_mode)
+    tables = [None if p is None else room.as_table(p) for p in (scale, shift)]
+    dX, dW, *grads = kernels("modulated_rms_norm", X).backward(
+        dY.contiguous(), X.contiguous(), W, *tables, RSTD, run, offset, casting_mode, in_place, (True, True, True)
+    )
+    return dX, dW, *(None if d is None else d.view(p.shape) for d, p in zip(grads, (scale, shift)))
+
+
 # layer_norm
 
 

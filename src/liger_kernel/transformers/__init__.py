@@ -23,6 +23,7 @@ _MODULES = {
     f"{_HERE}.layer_norm": ("LigerLayerNorm",),
     f"{_HERE}.llama4_rope": ("liger_llama4_text_rotary_pos_emb", "liger_llama4_vision_rotary_pos_emb"),
     f"{_HERE}.mlp": ("LigerFalconH1MLP", "LigerMLP"),
+    f"{_HERE}.modulated_rms_norm": ("LigerModulatedRMSNorm",),
     f"{_HERE}.poly_norm": ("LigerPolyNorm",),
     f"{_HERE}.qwen2vl_mrope": ("liger_multimodal_rotary_pos_emb",),
     f"{_HERE}.relu_squared": ("LigerReLUSquared",),
@@ -47,7 +48,6 @@ _ENGINE = {  # these need transformers
 }
 _NOT_BUILT = (
     "LigerMHC",
-    "LigerModulatedRMSNorm",
     "LigerMultiTokenAttention",
 )
 
