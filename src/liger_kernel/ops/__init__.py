@@ -4,6 +4,7 @@ from liger_kernel._lazy import lazy_names
 
 # room -> the names it offers
 EXPORTS: dict[str, tuple[str, ...]] = {
+    "attn_res": ("LigerAttnResFunction", "attn_res_backward", "attn_res_forward"),
     "cross_entropy": ("LigerCrossEntropyFunction", "cross_entropy_backward", "cross_entropy_forward"),
     "dyt": ("LigerDyTFunction",),
     "embedding": ("LigerEmbeddingFunction",),
@@ -62,7 +63,6 @@ FORMS: dict[str, tuple[str, ...]] = {
 
 # Names of the liger-kernel interface that are still to come.
 NOT_BUILT = (
-    "LigerAttnResFunction", "attn_res_backward", "attn_res_forward",
     "LigerFusedNeighborhoodAttentionFunction",
     "LigerMHCCoeffsFunction", "LigerMHCPostResFunction", "LigerMHCPreFunction",
     "LigerMultiTokenAttentionFunction",

@@ -9,6 +9,30 @@ import torch
 
 from liger_kernel.ops.core import kernels
 
+# attn_res
+
+
+def attn_res_forward(blocks, w_query, w_norm, eps=1e-6):
+    """-> (Out, V_3d, Alpha, RSTD): h as (..., D), V as (N, R, D), the weights and 1 / rms as (N, R) in fp32.
+
+    blocks: V (N, ..., D), or a list of N tensors (..., D).
+    """
+    from liger_kernel.ops import attn_res as room
+
+    v = blocks if isinstance(blocks, torch.Tensor) else torch.stack(tuple(blocks))
+    room.check(v, w_query, w_norm)
+    shape, v = v.shape[1:], room.as_blocks(v)
+    out, alpha, rstd = kernels("attn_res", v).forward(v, w_query.contiguous(), w_norm.contiguous(), eps)
+    return out.view(shape), v, alpha, rstd
+
+
+def attn_res_backward(dh, V_3d, w_query, w_norm, Alpha, RSTD, eps=1e-6):
+    """-> (dV like V_3d, dW_query, dW_norm). eps has no effect: RSTD holds it."""
+    from liger_kernel.ops import attn_res as room
+
+    return room.gradients(dh, V_3d.contiguous(), w_query.contiguous(), w_norm.contiguous(), Alpha, RSTD)
+
+
 # rms_norm
 
 

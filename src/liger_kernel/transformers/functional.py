@@ -12,6 +12,7 @@ _OPS = "liger_kernel.ops"
 __all__, __getattr__ = lazy_names(
     __name__,
     {
+        f"{_OPS}.attn_res": ("liger_attn_res",),
         f"{_OPS}.cross_entropy": ("CrossEntropyOutput", "liger_cross_entropy"),
         f"{_OPS}.dyt": ("liger_dyt",),
         f"{_OPS}.fused_add_rms_norm": ("liger_fused_add_rms_norm",),
@@ -40,7 +41,6 @@ __all__, __getattr__ = lazy_names(
         f"{_OPS}.tvd": ("liger_tvd",),
     },
     not_built=(
-        "liger_attn_res",
         "liger_fused_neighborhood_attention",
         "liger_mhc_apply", "liger_mhc_coeffs", "liger_mhc_forward",
         "liger_mhc_post_res", "liger_mhc_pre", "liger_multi_token_attention",

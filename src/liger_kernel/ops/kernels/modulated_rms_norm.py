@@ -104,8 +104,8 @@ def _load(X, run, tile, start, n_run, N, ROWS: tl.constexpr, BLOCK: tl.constexpr
     """Rows tile * ROWS ... of a run of X from column `start`, as (ROWS, BLOCK) in fp32, zeros outside."""
     row = tl.arange(0, ROWS)[:, None]
     cols = start + tl.arange(0, BLOCK)[None, :]
-    at = (int64(run) * n_run + int64(tile) * ROWS) * N + row * N + cols
-    return tl.load(X + at, mask=(tile * ROWS + row < n_run) & (cols < N), other=0.0).to(tl.float32)
+    base = (int64(run) * n_run + int64(tile) * ROWS) * N
+    return tl.load(X + base + row * N + cols, mask=(tile * ROWS + row < n_run) & (cols < N), other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -130,13 +130,14 @@ def _weighted(value, W, cols, N, OFFSET: tl.constexpr):
 def _store(Y, y, run, tile, start, n_run, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.arange(0, ROWS)[:, None]
     cols = start + tl.arange(0, BLOCK)[None, :]
-    at = (int64(run) * n_run + int64(tile) * ROWS) * N + row * N + cols
-    tl.store(Y + at, y.to(Y.dtype.element_ty), mask=(tile * ROWS + row < n_run) & (cols < N))
+    base = (int64(run) * n_run + int64(tile) * ROWS) * N
+    tl.store(Y + base + row * N + cols, y.to(Y.dtype.element_ty), mask=(tile * ROWS + row < n_run) & (cols < N))
 
 
 @triton.jit
-def _add_to(Partial, terms, at, mask):
-    tl.store(Partial + at, tl.load(Partial + at, mask=mask, other=0.0) + tl.sum(terms, axis=0)[None, :], mask=mask)
+def _add_to(Partial, terms, cols, N):
+    mask = cols < N
+    tl.store(Partial + cols, tl.load(Partial + cols, mask=mask, other=0.0) + tl.sum(terms, axis=0)[None, :], mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_runs", "n_run", "n_shares"])
@@ -160,8 +161,7 @@ def _backward_kernel(
             product = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
             total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
         for tile in range(share, tl.cdiv(n_run, ROWS), n_shares):
-            at = int64(run) * n_run + tile * ROWS + row
-            rstd = tl.load(Rstd + at, mask=tile * ROWS + row < n_run, other=0.0)
+            rstd = tl.load(Rstd + int64(run) * n_run + tile * ROWS + row, mask=tile * ROWS + row < n_run, other=0.0)
             if LOOP:
                 dot = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
                 for start in range(0, N, BLOCK):
@@ -183,9 +183,9 @@ def _backward_kernel(
                     if PER_ROW:
                         terms *= scale
                     if Product is not None:  # in memory: no row of the sums fits a block
-                        _add_to(Product, terms, partial + start + cols, start + cols < N)
+                        _add_to(Product + partial, terms, start + cols, N)
                     if Total is not None:
-                        _add_to(Total, dy, partial + start + cols, start + cols < N)
+                        _add_to(Total + partial, dy, start + cols, N)
                 tl.debug_barrier()  # the next row reads these sums
             else:
                 x = _load(X, run, tile, 0, n_run, N, ROWS, BLOCK)
