@@ -36,6 +36,9 @@ EXPORTS: dict[str, tuple[str, ...]] = {
     "jsd": ("LigerJSDFunction", "jsd_backward", "jsd_forward"),
     "kl_div": ("LigerKLDivLossFunction",),
     "layer_norm": ("LigerLayerNormFunction", "layer_norm_backward", "layer_norm_forward"),
+    "mhc_coeffs": ("LigerMHCCoeffsFunction",),
+    "mhc_post_res": ("LigerMHCPostResFunction",),
+    "mhc_pre": ("LigerMHCPreFunction",),
     "modulated_rms_norm": (
         "LigerModulatedRMSNormFunction",
         "modulated_rms_norm_backward",
@@ -64,7 +67,6 @@ FORMS: dict[str, tuple[str, ...]] = {
 # Names of the liger-kernel interface that are still to come.
 NOT_BUILT = (
     "LigerFusedNeighborhoodAttentionFunction",
-    "LigerMHCCoeffsFunction", "LigerMHCPostResFunction", "LigerMHCPreFunction",
     "LigerMultiTokenAttentionFunction",
 )  # fmt: skip
 

@@ -20,6 +20,7 @@ from liger_kernel.transformers.llama4_rope import liger_llama4_text_rotary_pos_e
 from liger_kernel.transformers.llama4_rope import (
     liger_llama4_vision_rotary_pos_emb as liger_llama4_vision_rotary_pos_emb,
 )
+from liger_kernel.transformers.mhc import LigerMHC as LigerMHC
 from liger_kernel.transformers.mlp import LigerFalconH1MLP as LigerFalconH1MLP
 from liger_kernel.transformers.mlp import LigerMLP as LigerMLP
 from liger_kernel.transformers.modulated_rms_norm import LigerModulatedRMSNorm as LigerModulatedRMSNorm

@@ -183,7 +183,8 @@ def attn_res_forward(v, w_query, w_norm, eps, tiles=None):
     out = torch.empty(rows, cols, dtype=v.dtype, device=v.device)
     alpha, rstd = (torch.empty(n_blocks, rows, dtype=torch.float32, device=v.device) for _ in range(2))
     if v.numel():
-        tiles = tiles or RowTiles.choose(rows, cols, v.device, live=4)
+        # With many blocks a tile of ROWS x BLOCKS is no longer small beside one of rows.
+        tiles = tiles or RowTiles.choose(rows, cols, v.device, live=4 if n_blocks <= 16 else 16)
         launch(
             _forward_kernel, tiles.programs, v.device, v, w_query, w_norm, out, alpha, rstd, rows, cols, n_blocks,
             EPS=eps, BLOCKS=power_of_2_from(n_blocks), ROWS=tiles.rows, BLOCK=tiles.block, LOOP=tiles.loop,
