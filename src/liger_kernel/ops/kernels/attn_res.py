@@ -183,8 +183,9 @@ def attn_res_forward(v, w_query, w_norm, eps, tiles=None):
     out = torch.empty(rows, cols, dtype=v.dtype, device=v.device)
     alpha, rstd = (torch.empty(n_blocks, rows, dtype=torch.float32, device=v.device) for _ in range(2))
     if v.numel():
-        # With many blocks a tile of ROWS x BLOCKS is no longer small beside one of rows.
-        tiles = tiles or RowTiles.choose(rows, cols, v.device, live=4 if n_blocks <= 16 else 16)
+        # Of short rows the tiles of ROWS x BLOCKS, and of ROWS x 1, are no longer small beside one of ROWS x BLOCK.
+        live = 4 if cols > 1024 else 16 if cols > 512 else 32
+        tiles = tiles or RowTiles.choose(rows, cols, v.device, live)
         launch(
             _forward_kernel, tiles.programs, v.device, v, w_query, w_norm, out, alpha, rstd, rows, cols, n_blocks,
             EPS=eps, BLOCKS=power_of_2_from(n_blocks), ROWS=tiles.rows, BLOCK=tiles.block, LOOP=tiles.loop,

@@ -138,13 +138,13 @@ def _weights_backward_kernel(
         first = int64(tile) * ROWS
         mask = (tile * ROWS + row < R)[:, None] & (j < STREAMS)
         at = row[:, None] * M + j
-        grads = first * STREAMS + row[:, None] * STREAMS + j
+        grads = row[:, None] * STREAMS + j
         p = tl.sigmoid(_logits(Mix, Scale, B, first * M, at, mask, j, j < STREAMS, 0.0))
-        dz = tl.load(dPre + grads, mask=mask, other=0.0) * p * (1.0 - p)
+        dz = tl.load(dPre + first * STREAMS + grads, mask=mask, other=0.0) * p * (1.0 - p)
         tl.store(dZ + first * M + at, dz, mask=mask)
         at += STREAMS
         p = tl.sigmoid(_logits(Mix, Scale, B, first * M, at, mask, j + STREAMS, j < STREAMS, 0.0))
-        dz = tl.load(dPost + grads, mask=mask, other=0.0) * POST_MULT * p * (1.0 - p)
+        dz = tl.load(dPost + first * STREAMS + grads, mask=mask, other=0.0) * POST_MULT * p * (1.0 - p)
         tl.store(dZ + first * M + at, dz, mask=mask)
 
         square = (tile * ROWS + row < R)[:, None, None] & known
