@@ -51,7 +51,7 @@ def _forward(v, w_query, w_norm, eps):
     alpha = logits.softmax(0)
     h = torch.zeros(v.shape[1:], dtype=u.dtype, device=v.device)
     for block, weight in zip(v, alpha):
-        h.addcmul_(block, weight[:, None])
+        h.addcmul_(upcast(block), weight[:, None])
     return h.to(v.dtype), alpha, rstd
 
 

@@ -35,7 +35,7 @@ def _forward(x, f, h_post, h_res):
     for o in range(x.shape[1]):
         total = upcast(f).to(wide(x.dtype)) * h_post[:, o, None]
         for i in range(x.shape[1]):
-            total.addcmul_(x[:, i], h_res[:, o, i, None])
+            total.addcmul_(upcast(x[:, i]), h_res[:, o, i, None])
         y[:, o] = total
     return y
 
@@ -46,13 +46,13 @@ def _backward(dy, x, f, h_post, h_res):
     for o in range(x.shape[1]):
         grad = upcast(dy[:, o])
         df_sum.addcmul_(grad, h_post[:, o, None])
-        dh_post[:, o] = (grad * f).sum(-1)
+        dh_post[:, o] = (grad * upcast(f)).sum(-1)
         for i in range(x.shape[1]):
-            dh_res[:, o, i] = (grad * x[:, i]).sum(-1)
+            dh_res[:, o, i] = (grad * upcast(x[:, i])).sum(-1)
     for i in range(x.shape[1]):
         total = torch.zeros_like(df_sum)
         for o in range(x.shape[1]):
-            total.addcmul_(dy[:, o], h_res[:, o, i, None])
+            total.addcmul_(upcast(dy[:, o]), h_res[:, o, i, None])
         dx[:, i] = total
     return dx, df.copy_(df_sum), dh_post, dh_res
 

@@ -29,7 +29,7 @@ def reference(x, h_pre):
 def _forward(x, h):
     total = torch.zeros(x.shape[0], x.shape[2], dtype=wide(x.dtype), device=x.device)
     for stream, weight in zip(x.unbind(1), h.unbind(1)):
-        total.addcmul_(stream, weight[:, None])
+        total.addcmul_(upcast(stream), weight[:, None])
     return total.to(x.dtype)
 
 
@@ -37,7 +37,7 @@ def _backward(dout, x, h):
     grad, dx, dh = upcast(dout), torch.empty_like(x), torch.empty_like(h)
     for i in range(x.shape[1]):
         dx[:, i] = grad * h[:, i, None]
-        dh[:, i] = (grad * x[:, i]).sum(-1)
+        dh[:, i] = (grad * upcast(x[:, i])).sum(-1)
     return dx, dh
 
 
