@@ -1,5 +1,6 @@
 """What is special about hyper-connections: DeepSeek's values, the manifold, the alphas' gradients, the module."""
 
+import copy
 import inspect
 
 import pytest
@@ -14,6 +15,8 @@ from liger_kernel.transformers.functional import (
     liger_mhc_post_res,
     liger_mhc_pre,
 )
+
+from support import dtypes
 
 
 def parameters(n, width, device, requires_grad=False):
@@ -102,9 +105,9 @@ def test_upstream_gradients_that_are_missing_are_zero(impl, device):
             alpha.grad = None
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float32, torch.float16)])
-def test_phi_of_another_dtype_is_not_rounded(dtypes, impl, device):
-    x_dtype, phi_dtype = dtypes
+@pytest.mark.parametrize("pair", [(torch.float16, torch.float32), (torch.float32, torch.float16)])
+def test_phi_of_another_dtype_is_not_rounded(pair, impl, device):
+    x_dtype, phi_dtype = pair
     x = torch.randn(5, 4, 16, device=device).to(x_dtype)
     phi, b, *alphas = parameters(4, 16, device)
     phi = phi.to(phi_dtype)
@@ -143,6 +146,21 @@ def test_module_trains_and_starts_with_like_streams(impl, device):
         phi=(64, 24), b=(24,), alpha_pre=(), alpha_post=(), alpha_res=(), **{"layer.weight": (16, 16)}
     )
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+
+
+def test_the_defaults_take_16_bit_streams_and_no_others(impl, device):
+    for dtype in dtypes(impl, device)[1:]:
+        module = LigerMHC(torch.nn.Linear(8, 8, dtype=dtype), hc=2, c=8).to(device)
+        x = torch.randn(5, 2, 8, dtype=dtype, device=device)
+        truth = copy.deepcopy(module).double()
+        truth.options["allow_fp32"] = True
+        y, wanted = module(x), truth(x.double())
+        # x_in, the layer's output and y are rounded to 16 bits, each of a size of 1 to 4.
+        torch.testing.assert_close(y.double(), wanted, rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+        y.sum().backward()
+        assert {p.grad.dtype for p in (module.phi, module.b)} == {torch.float16, torch.float32}
+        with pytest.raises(ValueError, match="needs allow_fp32=True"):
+            module(x.float())
 
 
 def test_constructor_is_upstreams():
