@@ -4,6 +4,7 @@ from liger_kernel._lazy import lazy_names
 
 # room -> the names it offers
 EXPORTS: dict[str, tuple[str, ...]] = {
+    "attn_res": ("LigerAttnResFunction", "attn_res_backward", "attn_res_forward"),
     "cross_entropy": ("LigerCrossEntropyFunction", "cross_entropy_backward", "cross_entropy_forward"),
     "dyt": ("LigerDyTFunction",),
     "embedding": ("LigerEmbeddingFunction",),
@@ -35,6 +36,14 @@ EXPORTS: dict[str, tuple[str, ...]] = {
     "jsd": ("LigerJSDFunction", "jsd_backward", "jsd_forward"),
     "kl_div": ("LigerKLDivLossFunction",),
     "layer_norm": ("LigerLayerNormFunction", "layer_norm_backward", "layer_norm_forward"),
+    "mhc_coeffs": ("LigerMHCCoeffsFunction",),
+    "mhc_post_res": ("LigerMHCPostResFunction",),
+    "mhc_pre": ("LigerMHCPreFunction",),
+    "modulated_rms_norm": (
+        "LigerModulatedRMSNormFunction",
+        "modulated_rms_norm_backward",
+        "modulated_rms_norm_forward",
+    ),
     "poly_norm": ("LigerPolyNormFunction", "poly_norm_backward", "poly_norm_forward"),
     "rms_norm": ("LigerRMSNormFunction", "rms_norm_backward", "rms_norm_forward"),
     "softmax": ("LigerSoftmaxFunction",),
@@ -57,10 +66,7 @@ FORMS: dict[str, tuple[str, ...]] = {
 
 # Names of the liger-kernel interface that are still to come.
 NOT_BUILT = (
-    "LigerAttnResFunction", "attn_res_backward", "attn_res_forward",
     "LigerFusedNeighborhoodAttentionFunction",
-    "LigerMHCCoeffsFunction", "LigerMHCPostResFunction", "LigerMHCPreFunction",
-    "LigerModulatedRMSNormFunction", "modulated_rms_norm_backward", "modulated_rms_norm_forward",
     "LigerMultiTokenAttentionFunction",
 )  # fmt: skip
 

@@ -9,6 +9,30 @@ import torch
 
 from liger_kernel.ops.core import kernels
 
+# attn_res
+
+
+def attn_res_forward(blocks, w_query, w_norm, eps=1e-6):
+    """-> (Out, V_3d, Alpha, RSTD): h as (..., D), V as (N, R, D), the weights and 1 / rms as (N, R) in fp32.
+
+    blocks: V (N, ..., D), or a list of N tensors (..., D).
+    """
+    from liger_kernel.ops import attn_res as room
+
+    v = blocks if isinstance(blocks, torch.Tensor) else torch.stack(tuple(blocks))
+    room.check(v, w_query, w_norm)
+    shape, v = v.shape[1:], room.as_blocks(v)
+    out, alpha, rstd = kernels("attn_res", v).forward(v, w_query.contiguous(), w_norm.contiguous(), eps)
+    return out.view(shape), v, alpha, rstd
+
+
+def attn_res_backward(dh, V_3d, w_query, w_norm, Alpha, RSTD, eps=1e-6):
+    """-> (dV like V_3d, dW_query, dW_norm). eps has no effect: RSTD holds it."""
+    from liger_kernel.ops import attn_res as room
+
+    return room.gradients(dh, V_3d.contiguous(), w_query.contiguous(), w_norm.contiguous(), Alpha, RSTD)
+
+
 # rms_norm
 
 
@@ -140,6 +164,34 @@ def fused_add_rms_norm_backward(
     pair = kernels("fused_add_rms_norm", S)
     dX, dW = pair.backward(dY.contiguous(), dS_out, S, W, RSTD, offset, casting_mode, in_place, wanted)
     return dX, dX, dW
+
+
+# modulated_rms_norm
+
+
+def modulated_rms_norm_forward(X, W, scale, shift, eps, offset, casting_mode):
+    """-> (Y, RSTD, BLOCK_SIZE, num_warps, casting_mode as an int, rows that share a scale)."""
+    from liger_kernel.ops import modulated_rms_norm as room
+    from liger_kernel.ops.rms_norm import CASTING
+
+    casting_mode, run = room.check(X, W, scale, shift, casting_mode)
+    X, scale, shift = X.contiguous(), room.as_table(scale), None if shift is None else room.as_table(shift)
+    y, rstd = kernels("modulated_rms_norm", X).forward(X, W, scale, shift, run, eps, offset, casting_mode)
+    return y, rstd, None, None, CASTING[casting_mode], run
+
+
+def modulated_rms_norm_backward(
+    dY, X, W, scale, shift, RSTD, offset, casting_mode, BLOCK_SIZE, num_warps, rows_per_modulation, in_place
+):
+    """-> (dX, dW, dScale, dShift); dW and dShift are None without a weight or a shift."""
+    from liger_kernel.ops import modulated_rms_norm as room
+
+    casting_mode, run = room.check(X, W, scale, shift, casting_mode)
+    tables = [None if p is None else room.as_table(p) for p in (scale, shift)]
+    dX, dW, *grads = kernels("modulated_rms_norm", X).backward(
+        dY.contiguous(), X.contiguous(), W, *tables, RSTD, run, offset, casting_mode, in_place, (True, True, True)
+    )
+    return dX, dW, *(None if d is None else d.view(p.shape) for d, p in zip(grads, (scale, shift)))
 
 
 # layer_norm

@@ -22,7 +22,9 @@ _MODULES = {
     f"{_HERE}.kl_div": ("LigerKLDIVLoss",),
     f"{_HERE}.layer_norm": ("LigerLayerNorm",),
     f"{_HERE}.llama4_rope": ("liger_llama4_text_rotary_pos_emb", "liger_llama4_vision_rotary_pos_emb"),
+    f"{_HERE}.mhc": ("LigerMHC",),
     f"{_HERE}.mlp": ("LigerFalconH1MLP", "LigerMLP"),
+    f"{_HERE}.modulated_rms_norm": ("LigerModulatedRMSNorm",),
     f"{_HERE}.poly_norm": ("LigerPolyNorm",),
     f"{_HERE}.qwen2vl_mrope": ("liger_multimodal_rotary_pos_emb",),
     f"{_HERE}.relu_squared": ("LigerReLUSquared",),
@@ -45,11 +47,7 @@ _ENGINE = {  # these need transformers
     f"{_HERE}.monkey_patch": ("_apply_liger_kernel", "_apply_liger_kernel_to_instance", *apply_names()),
     f"{_HERE}.patch": ("apply_liger_kernel", "revert_liger_kernel"),
 }
-_NOT_BUILT = (
-    "LigerMHC",
-    "LigerModulatedRMSNorm",
-    "LigerMultiTokenAttention",
-)
+_NOT_BUILT = ("LigerMultiTokenAttention",)
 
 __all__, _resolve = _lazy.lazy_names(__name__, _MODULES | _ENGINE, _NOT_BUILT)
 _NEEDS_TRANSFORMERS = {name for names in _ENGINE.values() for name in names}

@@ -20,8 +20,10 @@ from liger_kernel.transformers.llama4_rope import liger_llama4_text_rotary_pos_e
 from liger_kernel.transformers.llama4_rope import (
     liger_llama4_vision_rotary_pos_emb as liger_llama4_vision_rotary_pos_emb,
 )
+from liger_kernel.transformers.mhc import LigerMHC as LigerMHC
 from liger_kernel.transformers.mlp import LigerFalconH1MLP as LigerFalconH1MLP
 from liger_kernel.transformers.mlp import LigerMLP as LigerMLP
+from liger_kernel.transformers.modulated_rms_norm import LigerModulatedRMSNorm as LigerModulatedRMSNorm
 from liger_kernel.transformers.monkey_patch import _apply_liger_kernel as _apply_liger_kernel
 from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance as _apply_liger_kernel_to_instance
 from liger_kernel.transformers.patch import apply_liger_kernel as apply_liger_kernel

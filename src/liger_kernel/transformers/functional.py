@@ -12,6 +12,7 @@ _OPS = "liger_kernel.ops"
 __all__, __getattr__ = lazy_names(
     __name__,
     {
+        f"{_OPS}.attn_res": ("liger_attn_res",),
         f"{_OPS}.cross_entropy": ("CrossEntropyOutput", "liger_cross_entropy"),
         f"{_OPS}.dyt": ("liger_dyt",),
         f"{_OPS}.fused_add_rms_norm": ("liger_fused_add_rms_norm",),
@@ -27,6 +28,11 @@ __all__, __getattr__ = lazy_names(
         f"{_OPS}.jsd": ("liger_jsd",),
         f"{_OPS}.kl_div": ("liger_kl_div",),
         f"{_OPS}.layer_norm": ("liger_layer_norm",),
+        f"{_OPS}.mhc": ("liger_mhc_apply", "liger_mhc_forward"),
+        f"{_OPS}.mhc_coeffs": ("liger_mhc_coeffs",),
+        f"{_OPS}.mhc_post_res": ("liger_mhc_post_res",),
+        f"{_OPS}.mhc_pre": ("liger_mhc_pre",),
+        f"{_OPS}.modulated_rms_norm": ("liger_modulated_rms_norm",),
         f"{_OPS}.poly_norm": ("liger_poly_norm",),
         f"{_OPS}.qwen2vl_mrope": ("liger_qwen2vl_mrope",),
         f"{_OPS}.relu_squared": ("liger_relu_squared",),
@@ -38,10 +44,5 @@ __all__, __getattr__ = lazy_names(
         f"{_OPS}.vocab_parallel_head": ("liger_vocab_parallel_logprobs",),
         f"{_OPS}.tvd": ("liger_tvd",),
     },
-    not_built=(
-        "liger_attn_res",
-        "liger_fused_neighborhood_attention",
-        "liger_mhc_apply", "liger_mhc_coeffs", "liger_mhc_forward",
-        "liger_mhc_post_res", "liger_mhc_pre", "liger_modulated_rms_norm", "liger_multi_token_attention",
-    ),
+    not_built=("liger_fused_neighborhood_attention", "liger_multi_token_attention"),
 )  # fmt: skip

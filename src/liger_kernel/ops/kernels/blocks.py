@@ -115,6 +115,24 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def square(x, CAST: tl.constexpr, DTYPE: tl.constexpr):
+    """x^2 as the casting mode of an RMSNorm rounds it."""
+    if CAST == -1:
+        return rounded(x * x, DTYPE)
+    else:
+        return x * x
+
+
+@triton.jit
+def normed(x, rstd, CAST: tl.constexpr, DTYPE: tl.constexpr):
+    """x * rstd as the casting mode of an RMSNorm rounds it: what its weight is multiplied with."""
+    if CAST <= 0:
+        return rounded(x * rstd, DTYPE)
+    else:
+        return x * rstd
+
+
+@triton.jit
 def tanh(x):
     """tanh of fp32 to a few units in the last place, near zero too."""
     u = tl.abs(x)

@@ -7,18 +7,20 @@ import triton
 import triton.language as tl
 
 from liger_kernel.ops.core import Kernels
-from liger_kernel.ops.kernels.blocks import RowTiles, as_rows, int64, launch, load_tile, rounded, sum_rows
+from liger_kernel.ops.kernels.blocks import (
+    RowTiles,
+    as_rows,
+    int64,
+    launch,
+    load_tile,
+    normed,
+    rounded,
+    square,
+    sum_rows,
+)
 from liger_kernel.ops.rms_norm import CASTING
 
 # Kernels: Capital = memory, lower case = registers, ALL_CAPS = compile time.
-
-
-@triton.jit
-def _square(x, CAST: tl.constexpr, DTYPE: tl.constexpr):
-    if CAST == -1:
-        return rounded(x * x, DTYPE)
-    else:
-        return x * x
 
 
 @triton.jit
@@ -64,7 +66,7 @@ def _forward_kernel(
             for start in range(0, N, BLOCK):
                 cols = start + tl.arange(0, BLOCK)[None, :]
                 x = _load_sum(X, Residual, S, base, row * N + cols, live & (cols < N), DTYPE)
-                sum_sq += _square(x, CAST, DTYPE)
+                sum_sq += square(x, CAST, DTYPE)
             mean_sq = tl.sum(sum_sq, axis=1)[:, None] / N
             if Residual is not None:
                 tl.debug_barrier()  # the second walk reads the sums this program has just stored
@@ -81,18 +83,10 @@ def _forward_kernel(
             cols = tl.arange(0, BLOCK)[None, :]
             mask = live & (cols < N)
             x = _load_sum(X, Residual, S, base, row * N + cols, mask, DTYPE)
-            mean_sq = tl.sum(_square(x, CAST, DTYPE), axis=1)[:, None] / N
+            mean_sq = tl.sum(square(x, CAST, DTYPE), axis=1)[:, None] / N
             y = _scale(x, mean_sq, W, cols, cols < N, EPS, OFFSET, CAST, DTYPE)
             tl.store(Y + base + row * N + cols, y.to(Y.dtype.element_ty), mask=mask)
         tl.store(Rstd + tile * ROWS + row, tl.rsqrt(mean_sq + EPS), mask=live)
-
-
-@triton.jit
-def _x_hat(x, rstd, CAST: tl.constexpr, DTYPE: tl.constexpr):
-    if CAST <= 0:  # what the weight was multiplied with in the forward
-        return rounded(x * rstd, DTYPE)
-    else:
-        return x * rstd
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -146,7 +140,7 @@ def _backward_kernel(
                 if dW is not None:  # this program's own row of partial sums, in memory: no row of it fits a block
                     partial = dW + pid.to(tl.int64) * N + start + cols
                     dw = tl.load(partial, mask=start + cols < N, other=0.0)
-                    dw += tl.sum(dy * _x_hat(x, rstd, CAST, DTYPE), axis=0)[None, :]
+                    dw += tl.sum(dy * normed(x, rstd, CAST, DTYPE), axis=0)[None, :]
                     tl.store(partial, dw, mask=start + cols < N)
             tl.debug_barrier()  # the next row reads these partial sums
         else:
@@ -174,7 +168,7 @@ def _backward_kernel(
                 dx += ds.to(tl.float32)
             tl.store(dX + base + row * N + cols, dx.to(dX.dtype.element_ty), mask=live & (cols < N))
             if dW is not None:
-                dw += dy * _x_hat(x, rstd, CAST, DTYPE)
+                dw += dy * normed(x, rstd, CAST, DTYPE)
 
     if not LOOP and dW is not None:
         tl.store(dW + pid.to(tl.int64) * N + cols, tl.sum(dw, axis=0)[None, :], mask=cols < N)
