@@ -15,8 +15,7 @@ def test_every_listed_name_resolves(package):
 
 
 @pytest.mark.parametrize("package, name", [
-    ("ops", "LigerMultiTokenAttentionFunction"), ("transformers", "LigerMultiTokenAttention"),
-    ("transformers.functional", "liger_multi_token_attention"),
+    ("ops", "LigerAttnResFunction"), ("transformers", "LigerMHC"), ("transformers.functional", "liger_attn_res"),
 ])  # fmt: skip
 def test_a_name_still_to_come_says_so(package, name):
     module = importlib.import_module(f"liger_kernel.{package}")

@@ -50,6 +50,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "grpo_loss": ("GrpoLossFunction",),
     "llama4_rope": ("LigerLlama4RopeFunction",),
     "mlp": ("LigerMLPFunction",),
+    "multi_token_attention": ("LigerMultiTokenAttentionFunction",),
     "qwen2vl_mrope": ("LigerQwen2VLMRopeFunction",),
     "vocab_parallel_cross_entropy": ("LigerVocabParallelCEFunction",),
     "tiled_mlp": ("LigerTiledMLPFunction", "apply_tiled_mlp"),
@@ -61,7 +62,6 @@ NOT_BUILT = (
     "LigerFusedNeighborhoodAttentionFunction",
     "LigerMHCCoeffsFunction", "LigerMHCPostResFunction", "LigerMHCPreFunction",
     "LigerModulatedRMSNormFunction", "modulated_rms_norm_backward", "modulated_rms_norm_forward",
-    "LigerMultiTokenAttentionFunction",
 )  # fmt: skip
 
 PARTS = ("head_slabs", "weight_sum")  # pairs inside the head's engine

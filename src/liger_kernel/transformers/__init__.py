@@ -23,6 +23,7 @@ _MODULES = {
     f"{_HERE}.layer_norm": ("LigerLayerNorm",),
     f"{_HERE}.llama4_rope": ("liger_llama4_text_rotary_pos_emb", "liger_llama4_vision_rotary_pos_emb"),
     f"{_HERE}.mlp": ("LigerFalconH1MLP", "LigerMLP"),
+    f"{_HERE}.multi_token_attention": ("LigerMultiTokenAttention",),
     f"{_HERE}.poly_norm": ("LigerPolyNorm",),
     f"{_HERE}.qwen2vl_mrope": ("liger_multimodal_rotary_pos_emb",),
     f"{_HERE}.relu_squared": ("LigerReLUSquared",),
@@ -48,7 +49,6 @@ _ENGINE = {  # these need transformers
 _NOT_BUILT = (
     "LigerMHC",
     "LigerModulatedRMSNorm",
-    "LigerMultiTokenAttention",
 )
 
 __all__, _resolve = _lazy.lazy_names(__name__, _MODULES | _ENGINE, _NOT_BUILT)

@@ -27,6 +27,7 @@ __all__, __getattr__ = lazy_names(
         f"{_OPS}.jsd": ("liger_jsd",),
         f"{_OPS}.kl_div": ("liger_kl_div",),
         f"{_OPS}.layer_norm": ("liger_layer_norm",),
+        f"{_OPS}.multi_token_attention": ("liger_multi_token_attention",),
         f"{_OPS}.poly_norm": ("liger_poly_norm",),
         f"{_OPS}.qwen2vl_mrope": ("liger_qwen2vl_mrope",),
         f"{_OPS}.relu_squared": ("liger_relu_squared",),
@@ -42,6 +43,6 @@ __all__, __getattr__ = lazy_names(
         "liger_attn_res",
         "liger_fused_neighborhood_attention",
         "liger_mhc_apply", "liger_mhc_coeffs", "liger_mhc_forward",
-        "liger_mhc_post_res", "liger_mhc_pre", "liger_modulated_rms_norm", "liger_multi_token_attention",
+        "liger_mhc_post_res", "liger_mhc_pre", "liger_modulated_rms_norm",
     ),
 )  # fmt: skip
