@@ -29,8 +29,8 @@ EXCEPTIONS = {
     },
 }
 NOT_BUILT = (
-    "attn_res", "AttnRes", "mhc", "MHC", "modulated_rms_norm", "ModulatedRMSNorm", 
-    "neighborhood", "Neighborhood", "LigerExpertParallelFusedMoe", "LigerORPOTrainer", "configure", "backends.dispatch",
+    "attn_res", "AttnRes", "mhc", "MHC", "modulated_rms_norm", "ModulatedRMSNorm",
+    "LigerExpertParallelFusedMoe", "configure", "backends.dispatch",
     "backends.registry.",
 )  # fmt: skip
 
@@ -113,6 +113,8 @@ KEPT = [entry for entry in ALL if not f"{entry[0]}.{entry[1]}".startswith(tuple(
 @pytest.mark.parametrize("module, name, parameters", KEPT, ids=[f"{m}.{n}" for m, n, _ in KEPT])
 def test_a_name_is_there_and_is_called_as_listed(module, name, parameters):
     wrong = why_not(module, name, parameters)
+    if wrong and "pip install trl" in wrong:
+        pytest.skip(wrong)
     if wrong and ("not built yet" in wrong or "No module" in wrong) and is_in(NOT_BUILT, module, name):
         pytest.skip(wrong)
     assert wrong is None, wrong

@@ -28,6 +28,7 @@ EXPORTS: dict[str, tuple[str, ...]] = {
         "LigerFusedLinearScaledCrossEntropyFunction",
         "LigerFusedLinearScaledCrossEntropyTPFunction",
     ),
+    "fused_neighborhood_attention": ("LigerFusedNeighborhoodAttentionFunction",),
     "gated_rms_norm": ("GatedRMSNormFunction",),
     "geglu": ("LigerGELUMulFunction", "geglu_backward", "geglu_forward"),
     "group_norm": ("LigerGroupNormFunction", "group_norm_backward", "group_norm_forward"),
@@ -59,7 +60,6 @@ FORMS: dict[str, tuple[str, ...]] = {
 # Names of the liger-kernel interface that are still to come.
 NOT_BUILT = (
     "LigerAttnResFunction", "attn_res_backward", "attn_res_forward",
-    "LigerFusedNeighborhoodAttentionFunction",
     "LigerMHCCoeffsFunction", "LigerMHCPostResFunction", "LigerMHCPreFunction",
     "LigerModulatedRMSNormFunction", "modulated_rms_norm_backward", "modulated_rms_norm_forward",
 )  # fmt: skip

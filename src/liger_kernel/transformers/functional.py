@@ -21,6 +21,7 @@ __all__, __getattr__ = lazy_names(
         f"{_OPS}.fused_linear_scaled_cross_entropy": (
             "liger_fused_linear_logprobs", "liger_fused_linear_scaled_cross_entropy_tp",
         ),
+        f"{_OPS}.fused_neighborhood_attention": ("liger_fused_neighborhood_attention",),
         f"{_OPS}.gated_rms_norm": ("liger_gated_rms_norm",),
         f"{_OPS}.geglu": ("liger_geglu",),
         f"{_OPS}.group_norm": ("liger_group_norm",),
@@ -41,7 +42,6 @@ __all__, __getattr__ = lazy_names(
     },
     not_built=(
         "liger_attn_res",
-        "liger_fused_neighborhood_attention",
         "liger_mhc_apply", "liger_mhc_coeffs", "liger_mhc_forward",
         "liger_mhc_post_res", "liger_mhc_pre", "liger_modulated_rms_norm",
     ),
