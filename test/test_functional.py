@@ -108,3 +108,14 @@ def test_the_redirection_is_where_older_axolotl_looks():
     from liger_kernel.transformers.trainer import orpo_trainer
 
     assert orpo_trainer._FSDPForwardRedirection is _FSDPForwardRedirection
+
+
+def test_without_trl_the_trainer_says_what_to_install(monkeypatch):
+    from liger_kernel.transformers import trainer
+    from liger_kernel.transformers.trainer import orpo_trainer
+
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.delitem(sys.modules, "liger_kernel.transformers.trainer.orpo", raising=False)
+    for module in (trainer, orpo_trainer):
+        with pytest.raises(ImportError, match="Please `pip install trl`"):
+            module.LigerORPOTrainer  # noqa: B018
