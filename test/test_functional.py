@@ -71,6 +71,27 @@ def test_older_names_of_the_dispatch():
     assert liger_kernel.available_backends("rms_norm", "cpu") == liger_kernel.available_impls("rms_norm", "cpu")
 
 
+def test_dispatch_names_what_runs_and_runs_it():
+    from liger_kernel.backends import all_backends, dispatch, failures
+
+    x = torch.randn(3, 5)
+    assert torch.equal(dispatch.dispatch("softmax", x, impl="torch"), named.liger_softmax(x))
+    with pytest.raises(ValueError, match="'no_such_impl' is not one of"):
+        dispatch.dispatch("softmax", x, backend="no_such_impl")
+    with pytest.raises(ValueError, match="op_name must be one of"):
+        dispatch.dispatch("no_such_op", x)
+    assert dispatch.resolve_impl("softmax", device="cpu") == "torch"
+    assert dispatch.resolve_impl("softmax", "triton", "cpu") == "triton"
+    assert {"torch", "triton"} <= set(dispatch.all_impls("softmax"))
+    assert dispatch.available_impls("softmax", "cpu") == core.available_impls("softmax", "cpu")
+    core.kernels("softmax", x)
+    dispatch.clear_available_cache()
+    assert not core._resolved
+    with pytest.warns(UserWarning, match="softmax runs on 'torch' instead of 'cute': no such device"):
+        dispatch.emit_fallback_warning("softmax", "cute", "torch", "no such device")
+    assert "dispatch" not in all_backends() and not any("dispatch" in name for name in failures)
+
+
 def test_kernels_are_cached_in_files_that_are_whole_or_absent(tmp_path, monkeypatch):
     from liger_kernel.triton import monkey_patch
 
@@ -108,3 +129,14 @@ def test_the_redirection_is_where_older_axolotl_looks():
     from liger_kernel.transformers.trainer import orpo_trainer
 
     assert orpo_trainer._FSDPForwardRedirection is _FSDPForwardRedirection
+
+
+def test_without_trl_the_trainer_says_what_to_install(monkeypatch):
+    from liger_kernel.transformers import trainer
+    from liger_kernel.transformers.trainer import orpo_trainer
+
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.delitem(sys.modules, "liger_kernel.transformers.trainer.orpo", raising=False)
+    for module in (trainer, orpo_trainer):
+        with pytest.raises(ImportError, match="Please `pip install trl`"):
+            module.LigerORPOTrainer  # noqa: B018

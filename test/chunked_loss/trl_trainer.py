@@ -41,7 +41,7 @@ def rows(kind, n=8):
     made = []
     for i in range(n):
         prompt, good, bad = text(i, 4), text(i + 3, 3 + i % 4), text(2 * i + 1, 5 - i % 3)
-        if kind == "dpo":
+        if kind in ("dpo", "orpo"):
             made.append({"prompt": prompt, "chosen": " " + good, "rejected": " " + bad})
         elif kind == "kto":
             made.append({"prompt": prompt, "completion": " " + good, "label": i % 3 != 0})
@@ -54,10 +54,17 @@ def rows(kind, n=8):
     return Dataset.from_list(made)
 
 
-def classes(kind):
+def classes(kind, fused):
     import trl
 
     upper = kind.upper()
+    if kind == "orpo":
+        if not hasattr(trl, "ORPOTrainer"):
+            from trl.experimental import orpo as trl
+        if fused:
+            from liger_kernel.transformers.trainer import LigerORPOTrainer
+
+            return trl.ORPOConfig, LigerORPOTrainer
     if kind == "gkd" and not hasattr(trl, "GKDTrainer"):
         from trl.experimental import gkd as trl
     return getattr(trl, f"{upper}Config"), getattr(trl, f"{upper}Trainer")
@@ -87,7 +94,7 @@ def beside_its_formula(loss, pairs):
 
 
 def run(kind, fused, folder):
-    make_config, make_trainer = classes(kind)
+    make_config, make_trainer = classes(kind, fused)
     known = inspect.signature(make_config.__init__).parameters
     flags = [f for f in ("use_liger_kernel", "use_liger_loss") if f in known]
     config = dict(

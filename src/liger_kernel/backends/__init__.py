@@ -107,7 +107,7 @@ failures: dict[str, str] = {}  # backend module -> why it could not be loaded
 @functools.cache
 def all_backends() -> dict[str, Backend]:
     """Every known backend by name: the files of this folder, then the entry points, which go before them."""
-    modules = [f"{__name__}.{m.name}" for m in pkgutil.iter_modules(__path__)]
+    modules = [f"{__name__}.{m.name}" for m in pkgutil.iter_modules(__path__) if m.name != "dispatch"]
     modules += [e.value for e in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)]
     found = {}
     for module in modules:

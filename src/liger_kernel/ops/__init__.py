@@ -29,6 +29,7 @@ EXPORTS: dict[str, tuple[str, ...]] = {
         "LigerFusedLinearScaledCrossEntropyFunction",
         "LigerFusedLinearScaledCrossEntropyTPFunction",
     ),
+    "fused_neighborhood_attention": ("LigerFusedNeighborhoodAttentionFunction",),
     "gated_rms_norm": ("GatedRMSNormFunction",),
     "geglu": ("LigerGELUMulFunction", "geglu_backward", "geglu_forward"),
     "group_norm": ("LigerGroupNormFunction", "group_norm_backward", "group_norm_forward"),
@@ -59,17 +60,12 @@ FORMS: dict[str, tuple[str, ...]] = {
     "grpo_loss": ("GrpoLossFunction",),
     "llama4_rope": ("LigerLlama4RopeFunction",),
     "mlp": ("LigerMLPFunction",),
+    "multi_token_attention": ("LigerMultiTokenAttentionFunction",),
     "qwen2vl_mrope": ("LigerQwen2VLMRopeFunction",),
     "vocab_parallel_cross_entropy": ("LigerVocabParallelCEFunction",),
     "tiled_mlp": ("LigerTiledMLPFunction", "apply_tiled_mlp"),
 }
 
-# Names of the liger-kernel interface that are still to come.
-NOT_BUILT = (
-    "LigerFusedNeighborhoodAttentionFunction",
-    "LigerMultiTokenAttentionFunction",
-)  # fmt: skip
-
 PARTS = ("head_slabs", "weight_sum")  # pairs inside the head's engine
 _HOMES = {f"{__name__}.{module}": names for module, names in (EXPORTS | FORMS).items()}
-__all__, __getattr__ = lazy_names(__name__, _HOMES, NOT_BUILT)
+__all__, __getattr__ = lazy_names(__name__, _HOMES)

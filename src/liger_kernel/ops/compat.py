@@ -344,6 +344,25 @@ def kldiv_backward_triton(target, grad_output, new_grads, log_target):
     return new_grads.copy_(dx)
 
 
+# tvd
+
+
+def tv_distance_forward_triton(p, q, shift_labels, reduction, ignore_index, has_label):
+    """-> (loss, its gradient by p; with reduction="none" that of the sum). has_label=False: every row counts."""
+    from liger_kernel.ops import tvd as room
+
+    p = p.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = room.LigerTVDLossFunction.apply(p, q, shift_labels if has_label else None, reduction, ignore_index)
+        (dp,) = torch.autograd.grad(loss.sum(), p)
+    return loss.detach(), dp
+
+
+def tvd_backward_triton(grad_output, grads):
+    """grads times grad_output (0-d, or like grads), in place."""
+    return grads.mul_(grad_output)
+
+
 # cross_entropy
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from liger_kernel.ops.compat import tv_distance_forward_triton, tvd_backward_triton  # noqa: F401  upstream's helpers
 from liger_kernel.ops.core import Case, Contract, Kernels, kernels, outputs, upcast, wide
 
 REDUCTIONS = ("batchmean", "mean", "none", "sum")

@@ -25,6 +25,7 @@ _MODULES = {
     f"{_HERE}.mhc": ("LigerMHC",),
     f"{_HERE}.mlp": ("LigerFalconH1MLP", "LigerMLP"),
     f"{_HERE}.modulated_rms_norm": ("LigerModulatedRMSNorm",),
+    f"{_HERE}.multi_token_attention": ("LigerMultiTokenAttention",),
     f"{_HERE}.poly_norm": ("LigerPolyNorm",),
     f"{_HERE}.qwen2vl_mrope": ("liger_multimodal_rotary_pos_emb",),
     f"{_HERE}.relu_squared": ("LigerReLUSquared",),
@@ -47,9 +48,8 @@ _ENGINE = {  # these need transformers
     f"{_HERE}.monkey_patch": ("_apply_liger_kernel", "_apply_liger_kernel_to_instance", *apply_names()),
     f"{_HERE}.patch": ("apply_liger_kernel", "revert_liger_kernel"),
 }
-_NOT_BUILT = ("LigerMultiTokenAttention",)
 
-__all__, _resolve = _lazy.lazy_names(__name__, _MODULES | _ENGINE, _NOT_BUILT)
+__all__, _resolve = _lazy.lazy_names(__name__, _MODULES | _ENGINE)
 _NEEDS_TRANSFORMERS = {name for names in _ENGINE.values() for name in names}
 
 

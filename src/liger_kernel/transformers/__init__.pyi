@@ -26,6 +26,7 @@ from liger_kernel.transformers.mlp import LigerMLP as LigerMLP
 from liger_kernel.transformers.modulated_rms_norm import LigerModulatedRMSNorm as LigerModulatedRMSNorm
 from liger_kernel.transformers.monkey_patch import _apply_liger_kernel as _apply_liger_kernel
 from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance as _apply_liger_kernel_to_instance
+from liger_kernel.transformers.multi_token_attention import LigerMultiTokenAttention as LigerMultiTokenAttention
 from liger_kernel.transformers.patch import apply_liger_kernel as apply_liger_kernel
 from liger_kernel.transformers.patch import revert_liger_kernel as revert_liger_kernel
 from liger_kernel.transformers.poly_norm import LigerPolyNorm as LigerPolyNorm

@@ -22,6 +22,7 @@ __all__, __getattr__ = lazy_names(
         f"{_OPS}.fused_linear_scaled_cross_entropy": (
             "liger_fused_linear_logprobs", "liger_fused_linear_scaled_cross_entropy_tp",
         ),
+        f"{_OPS}.fused_neighborhood_attention": ("liger_fused_neighborhood_attention",),
         f"{_OPS}.gated_rms_norm": ("liger_gated_rms_norm",),
         f"{_OPS}.geglu": ("liger_geglu",),
         f"{_OPS}.group_norm": ("liger_group_norm",),
@@ -33,6 +34,7 @@ __all__, __getattr__ = lazy_names(
         f"{_OPS}.mhc_post_res": ("liger_mhc_post_res",),
         f"{_OPS}.mhc_pre": ("liger_mhc_pre",),
         f"{_OPS}.modulated_rms_norm": ("liger_modulated_rms_norm",),
+        f"{_OPS}.multi_token_attention": ("liger_multi_token_attention",),
         f"{_OPS}.poly_norm": ("liger_poly_norm",),
         f"{_OPS}.qwen2vl_mrope": ("liger_qwen2vl_mrope",),
         f"{_OPS}.relu_squared": ("liger_relu_squared",),
@@ -44,5 +46,4 @@ __all__, __getattr__ = lazy_names(
         f"{_OPS}.vocab_parallel_head": ("liger_vocab_parallel_logprobs",),
         f"{_OPS}.tvd": ("liger_tvd",),
     },
-    not_built=("liger_fused_neighborhood_attention", "liger_multi_token_attention"),
 )  # fmt: skip

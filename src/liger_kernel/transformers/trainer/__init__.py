@@ -2,4 +2,4 @@
 
 from liger_kernel._lazy import lazy_names
 
-__all__, __getattr__ = lazy_names(__name__, {}, not_built=("LigerORPOTrainer",))
+__all__, __getattr__ = lazy_names(__name__, {f"{__name__}.orpo": ("LigerORPOTrainer",)})
