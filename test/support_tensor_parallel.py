@@ -1,5 +1,6 @@
 """A tiny model split by tensor parallelism, and what a step of it gives on every rank, patched and as it was."""
 
+import contextlib
 import functools
 import tempfile
 
@@ -32,10 +33,11 @@ def by_transformers(**of_model) -> torch.nn.Module:
     return model
 
 
-def by_torch(sequence=False, head="columns", local=True, **of_model) -> torch.nn.Module:
+def by_torch(sequence=False, head="columns", local=True, fsdp=False, **of_model) -> torch.nn.Module:
     """Split by parallelize_module: the embedding, MLP and head, with `sequence` the norms' and residuals' rows too.
 
-    local: whether the norms and the MLP's first linears return plain tensors.
+    local: whether the norms and the MLP's first linears return plain tensors. fsdp: under FSDP2 as well, whose mesh is
+    of one rank here.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard
@@ -49,7 +51,8 @@ def by_torch(sequence=False, head="columns", local=True, **of_model) -> torch.nn
     )
 
     model = whole_model(**of_model)
-    mesh = init_device_mesh(rank_device().type, (dist.get_world_size(),))
+    meshes = init_device_mesh(rank_device().type, (1, dist.get_world_size()), mesh_dim_names=("dp", "tp"))
+    mesh = meshes["tp"]
     outside = Shard(1) if sequence else Replicate()
     into = functools.partial(ColwiseParallel, input_layouts=outside)
     heads = {
@@ -77,7 +80,13 @@ def by_torch(sequence=False, head="columns", local=True, **of_model) -> torch.nn
             )
             parallelize_module(layer, mesh, {"self_attn": before})
             parallelize_module(layer, mesh, {"self_attn": after})
-    return parallelize_module(model, mesh, plan)
+    parallelize_module(model, mesh, plan)
+    if fsdp:
+        from torch.distributed.fsdp import fully_shard
+
+        for unit in (*model.model.layers, model.lm_head, model):
+            fully_shard(unit, mesh=meshes["dp"])
+    return model
 
 
 def one_batch(vocab=VOCAB) -> dict:
@@ -89,16 +98,18 @@ def one_batch(vocab=VOCAB) -> dict:
     return {name: x.to(rank_device()) for name, x in batch.items()}
 
 
-def step(model, **batch) -> tuple:
+def step(model, counted=True) -> tuple:
     """(outputs, whole gradients, placements of the gradients, collectives by name) of a forward and backward."""
     from torch.distributed.tensor.debug import CommDebugMode
 
     model.zero_grad()
-    with CommDebugMode() as counter:
-        outputs = model(**(batch or one_batch(model.config.vocab_size)), use_cache=False)
+    with CommDebugMode() if counted else contextlib.nullcontext() as counter:
+        outputs = model(**one_batch(model.config.vocab_size), use_cache=False)
         outputs.loss.backward()
     counts: dict = {}
-    for kind, count in counter.get_comm_counts().items():  # functional and in-place collectives have names of their own
+    for kind, count in (
+        counter.get_comm_counts().items() if counter else ()
+    ):  # functional and in-place collectives have names of their own
         name = next(n for n in ("reduce_scatter", "gather", "reduce", str(kind)) if n in str(kind))
         counts[name] = counts.get(name, 0) + count
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -106,14 +117,14 @@ def step(model, **batch) -> tuple:
     return outputs, whole, {n: getattr(g, "placements", None) for n, g in grads.items()}, counts
 
 
-def compare(how: str, options: dict, flags: dict) -> dict:
+def compare(how: str, options: dict, flags: dict, counts: bool = True) -> dict:
     """What the patched model has of the plain one, split the same way, and of one that is not split."""
     from liger_kernel.transformers import apply_liger_kernel
 
     model = {"transformers": by_transformers, "torch": by_torch}[how](**options)
-    plain, grads, places, counts = step(model)
+    plain, grads, places, plain_counts = step(model, counts)
     report = apply_liger_kernel(model, **flags)
-    outputs, our_grads, our_places, our_counts = step(model)
+    outputs, our_grads, our_places, our_counts = step(model, counts)
     of_model = {k: v for k, v in options.items() if k in ("tied", "vocab", "model_type")}
     truth, true_grads, *_ = step(whole_model(**of_model))
     real = outputs.logits.materialize(quiet=True) if hasattr(outputs.logits, "materialize") else outputs.logits
@@ -126,7 +137,7 @@ def compare(how: str, options: dict, flags: dict) -> dict:
         "gradients": largest(our_grads, grads),
         "gradients of one process": largest(our_grads, true_grads),
         "placed alike": our_places == places,
-        "counts": (counts, our_counts),
+        "counts": (plain_counts, our_counts),
     }
 
 

@@ -16,6 +16,7 @@ def ranks():
     ranks.stop()
 
 
+@pytest.mark.nccl
 @pytest.mark.parametrize("how", ["context", pytest.param("ulysses", marks=pytest.mark.slow)])
 def test_shift_labels_of_a_part_give_the_loss_of_the_whole(ranks, how):
     if how == "ulysses":

@@ -413,8 +413,7 @@ def _is_plumbing(hook) -> bool:
     """Whether a forward hook belongs to a library that splits models, which does not look at the logits."""
     while isinstance(hook, functools.partial):
         hook = hook.func
-    library = (getattr(hook, "__module__", None) or "").startswith(("torch.distributed.", "deepspeed."))
-    return library or is_tensor_parallel(hook)
+    return (getattr(hook, "__module__", None) or "").startswith(("torch.distributed.", "deepspeed."))
 
 
 # Small things

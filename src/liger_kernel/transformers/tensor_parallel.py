@@ -1,8 +1,8 @@
 """Heads whose weight tensor parallelism splits among ranks: how their calls are wrapped, and how to fuse them.
 
-torch's parallelize_module, and transformers up to 5.18, put hooks around the forward that make a DTensor of its input
-and a plain tensor of its result; later transformers put a forward of their own in the instance. Where the wrapping
-takes hidden states and gives back whole logits that are plain, the logits need not be computed at all.
+torch's parallelize_module puts hooks around the forward that make a DTensor of its input and a plain tensor of its
+result; transformers puts a forward of its own in the instance (older ones hooks of their own, which are left alone).
+Where the wrapping takes hidden states and gives back whole plain logits, these need not be computed at all.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def style_of(bound: Any) -> Any:
 
 
 def is_tensor_parallel(hook: Any) -> bool:
-    """Whether a forward hook is one that tensor parallelism puts around a module."""
-    return (getattr(hook, "__module__", None) or "").startswith((*_TRANSFORMERS, _TORCH))
+    """Whether a forward hook is one that torch's tensor parallelism puts around a module."""
+    return (getattr(hook, "__module__", None) or "").startswith(_TORCH)
 
 
 def why_not_split(head: Any, bound: Any) -> str | None:
