@@ -6,6 +6,7 @@ import tempfile
 
 import torch
 from torch import distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from support import tiny_model
 from support_ranks import rank_device
@@ -203,6 +204,35 @@ def op_errors(sizes, placement, options) -> dict:
         truth = truth.detach().double()
         errors[name] = float((ours.detach().cpu().double() - truth).abs().max() / truth.abs().max().clamp(min=1.0))
     return errors
+
+
+class _Largest(TorchDispatchMode):
+    """The most elements of one tensor that any operation has made."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for one in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(one, torch.Tensor):
+                self.most = max(self.most, one.numel())
+        return made
+
+
+def largest_of_a_step(rows: int, width: int, n_classes: int) -> int:
+    """The largest tensor of the fused loss of a weight split by rows, and of its backward."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    from liger_kernel.ops.fused_linear_cross_entropy import liger_fused_linear_cross_entropy
+
+    mesh = init_device_mesh(rank_device().type, (dist.get_world_size(),))
+    hidden = distribute_tensor(torch.randn(rows, width, device=rank_device()), mesh, [Replicate()]).requires_grad_()
+    weight = distribute_tensor(torch.randn(n_classes, width, device=rank_device()), mesh, [Shard(0)]).requires_grad_()
+    target = torch.randint(0, n_classes, (rows,), device=rank_device())
+    with _Largest() as seen:
+        liger_fused_linear_cross_entropy(hidden, weight, target).backward()
+    return seen.most
 
 
 def other_uses() -> dict:

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from support_tensor_parallel import compare, op_errors, other_uses  # noqa: E402
+from support_tensor_parallel import compare, largest_of_a_step, op_errors, other_uses  # noqa: E402
 
 from support_ranks import Ranks  # noqa: E402
 
@@ -90,6 +90,13 @@ def test_the_loss_of_dtensors_is_that_of_whole_tensors(ranks, placement, sizes, 
     for errors in ranks(op_errors, sizes=sizes, placement=placement, options=options | {"reduction": reduction}):
         for name, error in errors.items():
             assert error < 40 * 2.0**-24, (name, error)  # see SLACK of support_vocab_parallel
+
+
+def test_no_rank_ever_holds_more_than_its_part_of_the_logits(ranks):
+    rows, width, n_classes = 64, 8, 1000
+    for most in ranks(largest_of_a_step, rows=rows, width=width, n_classes=n_classes):
+        part = -(-n_classes // 2 // 16) * 16  # its rows start at 16-byte boundaries
+        assert rows * n_classes // 2 <= most <= rows * part
 
 
 def test_what_a_split_vocabulary_does_not_offer_is_refused_by_name(ranks):
