@@ -142,6 +142,17 @@ def compare(how: str, options: dict, flags: dict, counts: bool = True) -> dict:
     }
 
 
+def compare_in_triton(how: str, options: dict) -> dict:
+    """The same with every op in its Triton kernels."""
+    from liger_kernel.ops import core
+
+    core.set_impl("triton")
+    try:
+        return compare(how, options, {})
+    finally:
+        core.set_impl(None)
+
+
 def largest(found: dict, wanted: dict) -> float:
     """The largest error of a tensor, by norm."""
     assert found.keys() == wanted.keys()

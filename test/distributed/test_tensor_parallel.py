@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from support_tensor_parallel import compare, largest_of_a_step, op_errors, other_uses  # noqa: E402
+from support_tensor_parallel import compare, compare_in_triton, largest_of_a_step, op_errors, other_uses  # noqa: E402
 
 from support_ranks import Ranks  # noqa: E402
 
@@ -59,6 +59,16 @@ def test_norms_mlp_and_rope_add_no_collective(ranks, case):
     for found in ranks(compare, how=how, options=options, flags={"fused_linear_cross_entropy": False}):
         check(found)
         assert found["counts"][0] == found["counts"][1]
+
+
+@pytest.mark.parametrize("case", ["torch_dtensors", "sequence"])
+def test_a_kernel_waits_for_a_tensor_that_is_on_its_way_between_ranks(ranks, case):
+    """torch's hooks return such tensors, which have no address before they are waited for."""
+    pytest.importorskip("triton")
+    how, options = CASES[case]
+    for found in ranks(compare_in_triton, how=how, options=options):
+        check(found)
+        assert found["lazy"]
 
 
 @pytest.mark.nccl
