@@ -120,16 +120,20 @@ def step(model, counted=True) -> tuple:
 
 def compare(how: str, options: dict, flags: dict, counts: bool = True) -> dict:
     """What the patched model has of the plain one, split the same way, and of one that is not split."""
-    from liger_kernel.transformers import apply_liger_kernel
+    from liger_kernel.transformers import apply_liger_kernel, revert_liger_kernel
 
     model = {"transformers": by_transformers, "torch": by_torch}[how](**options)
     plain, grads, places, plain_counts = step(model, counts)
-    report = apply_liger_kernel(model, **flags)
+    before = dict(model.lm_head.__dict__)
+    for _ in range(2):  # a second call changes nothing
+        report = apply_liger_kernel(model, **flags)
     outputs, our_grads, our_places, our_counts = step(model, counts)
     of_model = {k: v for k, v in options.items() if k in ("tied", "vocab", "model_type")}
     truth, true_grads, *_ = step(whole_model(**of_model))
     real = outputs.logits.materialize(quiet=True) if hasattr(outputs.logits, "materialize") else outputs.logits
+    revert_liger_kernel(model)
     return {
+        "reverted": model.lm_head.__dict__ == before,
         "lazy": type(outputs.logits).__name__ == "LazyLogits",
         "left": [f"{row.module}: {row.reason}" for row in report.left],
         "loss": abs(outputs.loss.item() - plain.loss.item()) / truth.loss.item(),

@@ -23,7 +23,7 @@ def ranks():
 def check(found) -> None:
     for name in ("loss", "of one process", "logits", "gradients", "gradients of one process"):
         assert found[name] < SLACK, (name, found[name])
-    assert found["placed alike"]
+    assert found["placed alike"] and found["reverted"]
 
 
 CASES = {
