@@ -197,6 +197,7 @@ class Zero(Plain):
             "gradient_clipping": 0.0,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": next(model.parameters()).dtype is torch.bfloat16},
         }
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
         self.model, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)

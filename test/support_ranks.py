@@ -43,6 +43,8 @@ class Ranks:
         return [found[rank] for rank in range(self.size)]
 
     def _start(self) -> None:
+        if os.environ.get("LIGER_TEST_NCCL", "0") != "0" and not _one_gpu_each(self.size):
+            raise RuntimeError(f"LIGER_TEST_NCCL is set, and there are not {self.size} GPUs")
         context = torch.multiprocessing.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
         self.inboxes = [context.Queue() for _ in range(self.size)]
@@ -83,6 +85,7 @@ def _work(rank: int, size: int, on_gpu: bool, store: str, inbox, outbox) -> None
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_SIZE=str(size))
     os.environ.update(LOCAL_WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy").SMALL = 0  # tiny heads take the engine too
     torch.distributed.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
     while True:
         module, name, arguments = pickle.loads(inbox.get())

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import types
@@ -213,6 +214,30 @@ def test_a_model_is_trained_and_its_memory_ends_the_longest_context(monkeypatch,
     rows = [json.loads(line[4:]) for line in capsys.readouterr().out.splitlines() if line.startswith("ROW ")]
     assert [r["seq"] for r in rows] == [8, 16, 32] and rows[-1]["out_of_memory"]
     assert rows[0]["patched"] == "9 modules patched" and len(rows[0]["loss"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine, sizes", [("fsdp2", [(1, 16), (1, 32), (2, 32)]), ("ddp", [(1, 16)] * 2)])
+def test_processes_train_together_and_their_rows_are_kept(engine, sizes, tmp_path):
+    command = [sys.executable, "-m", "benchmark.multi_gpu", engine, "--model", "tiny", "--tokens", "1x16"]
+    command += ["--longest", "32", "--most", "64", "--steps", "1", "--warmup", "1", "--output", str(tmp_path)]
+    path = f"{process.REPOSITORY / 'src'}{os.pathsep}{process.REPOSITORY}"
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (saved,) = tmp_path.glob(f"multi-{engine}-tiny-x2-*.json")
+    data = json.loads(saved.read_text())
+    contenders = ["torch", "ours"] if engine == "fsdp2" else ["ours"]
+    assert [(r["contender"], r["batch"], r["seq"]) for r in data["rows"]] == [
+        (c, *s) for c in contenders for s in sizes
+    ]
+    assert [r["processes"] for r in data["rows"]] == ([1, 2] if engine == "ddp" else [2] * 6)
+    assert all(r["tokens_per_s"] > 0 and r["peak_GiB"] > 0 for r in data["rows"])
+    if engine == "fsdp2":  # the same tokens and weights; fp32 in another order
+        for plain, ours in zip(data["rows"][:3], data["rows"][3:], strict=True):
+            assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    else:
+        assert data["scaling"] > 0
 
 
 def test_the_profile_counts_what_is_alive_at_the_peak():

@@ -1,6 +1,8 @@
 """A compiled kernel is found again exactly where Triton would have found it."""
 
+import ast
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,3 +122,17 @@ def test_another_device_is_made_current_for_the_launch(kernel, monkeypatch):
     start(kernel)
     start(kernel)
     assert entered == [0, 0, 0, 1]
+
+
+def test_nothing_but_launch_starts_a_kernel():
+    """So that no kernel can start on another device than the one that launch makes current."""
+    folder = Path(launching.__file__).parent
+    for file in sorted(folder.glob("*.py")):
+        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        started = [ast.unparse(c) for c in calls if isinstance(c.func, ast.Subscript)]
+        assert not started or file.name == "launch.py", f"{file.name}: {started}"
+        for call in calls:
+            if ast.unparse(call.func) == "launch":
+                assert ast.unparse(call.args[2]).split(".")[-1] == "device", f"{file.name}: {ast.unparse(call)}"
+    jitted = [f for f in folder.parents[1].rglob("*.py") if "triton.jit" in f.read_text()]
+    assert jitted and all(f.parent == folder for f in jitted)  # no kernel is anywhere else

@@ -31,8 +31,8 @@ def library():
     return fake_device.build()
 
 
-def on_device(name, **environment):
-    command = [sys.executable, Path(__file__).with_name("on_device.py"), name]
+def on_device(name, script="on_device.py", **environment):
+    command = [sys.executable, Path(__file__).with_name(script), name]
     path = f"{ROOT / 'src'}:{ROOT / 'test'}"
     done = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": path} | environment, capture_output=True, text=True, timeout=300
@@ -59,6 +59,24 @@ def test_the_device_of_a_tensor_decides(name, library):
     assert found["error"] < 1e-5  # fp32 sums of 40 elements, in another order
     assert found["current"] == 0, "a launch on the second device left it current"
     assert found["autocast"] == [f"{name}:0", "torch.float32", True]
+
+
+@needs_compiler
+def test_a_model_on_two_devices_launches_on_each_one_what_lies_there(library):
+    for package in ("triton", "transformers", "accelerate"):
+        pytest.importorskip(package)
+    found = on_device("mlu", "two_devices.py", TRITON_INTERPRET="1")
+    for op, launches in found["ops"].items():
+        assert launches, f"{op} launched nothing"
+        assert all((devices, current) == (["mlu:1"], "mlu:1") for devices, current in launches), (op, launches)
+    assert not found["left"] and found["lazy"] == "LazyLogits"
+    for devices, current in found["launches"]:
+        assert devices == [current]  # a kernel's tensors are on the device that is current while it starts
+    assert {current for _, current in found["launches"]} == {"mlu:0", "mlu:1"}
+    assert found["current"] == 0 and found["places"] == ["mlu:0", "mlu:1"]
+    # fp32 of 24 bits, norm-wise: two layers' sums of some hundred terms in another order
+    assert found["loss"] < 1e-6 and max(found["errors"].values()) < 2e-6, found["errors"]
+    assert "hidden is on mlu:0 and the weight on mlu:1" in found["refused"]
 
 
 @needs_compiler

@@ -16,6 +16,7 @@ def ranks():
     ranks.stop()
 
 
+@pytest.mark.nccl
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("options", [{}, dict(softcap=6.0, logit_scale=1.5, temperature=0.7, bias=True)])
 def test_head_is_that_of_one_rank(ranks, sizes, options):

@@ -36,6 +36,7 @@ class Job:
     longest_context: bool = False
     profile: bool = False
     folder: str = ""  # where another liger_kernel is taken from
+    rank: int = 0  # among processes that train together, each on tokens of its own
 
 
 def build(job: Job):
@@ -87,12 +88,17 @@ class Trainer:
             peers.take_from(Path(job.folder))
         self.job = job
         self.plain = build(job)
-        self.model, self.patched = patch(self.plain, job)
+        model, self.patched = patch(self.plain, job)
+        self.model = self.wrap(model)
         self.optimizer = None
         if job.optimizer:
             fused = measure.device().type != "cpu"
             self.optimizer = torch.optim.AdamW(self.plain.parameters(), lr=1e-5, fused=fused)
-        self.generator = torch.Generator().manual_seed(1)
+        self.generator = torch.Generator().manual_seed(1 + job.rank)
+
+    def wrap(self, model):
+        """What is called for the patched model, before its parameters are given to the optimiser."""
+        return model
 
     def step(self, batch: int, seq: int) -> tuple[float, float]:
         """(seconds, loss) of one step on new tokens."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -21,14 +23,17 @@ class Asked(ValueError):
 
 
 class Worker:
-    """`python -m MODULE JOB`. Prints READY when it could start, ROW and an object for each row it measured."""
+    """`python LAUNCHER -m MODULE JOB`. Prints READY when it could start, ROW and an object for each row it measured.
 
-    def __init__(self, module: str, job: Any):
+    launcher: what starts several such processes, as torch.distributed.run does.
+    """
+
+    def __init__(self, module: str, job: Any, launcher: Sequence[str] = ()):
         self.job, self.stopped = job, False
         self.errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed by stop()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", module, json.dumps(asdict(job))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
+            [sys.executable, *launcher, "-m", module, json.dumps(asdict(job))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, start_new_session=True,
         )  # fmt: skip
         assert self.process.stdin and self.process.stdout
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
@@ -56,7 +61,8 @@ class Worker:
 
     def stop(self) -> None:
         self.stopped = True
-        self.process.kill()
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)  # with what it launched
         self.process.wait()
 
     def close(self) -> None:

@@ -35,6 +35,7 @@ from liger_kernel.ops.row_loss import (
     taken,
     wanted,
 )
+from liger_kernel.ops.sharded import is_dtensor
 
 NAME = "fused_linear_cross_entropy"
 _CHUNK_MEM_CONST = 1
@@ -284,9 +285,19 @@ def liger_fused_linear_cross_entropy(
     vocab_slice (a, b): the classes are the rows a ... b - 1 of weight, and target and ce_weight count from a.
     input and weight: any float dtypes; the product is in autocast's dtype, else input's. The loss is fp32. A
     CrossEntropyOutput where a return_* is set; only its loss is differentiable, and once.
+    A DTensor input on a mesh of one dimension: see vocab_parallel_loss; a weight split by rows stays split.
     Raises ValueError for shapes, dtypes, devices or options that do not fit and, on a CPU or under
     LIGER_KERNEL_DEBUG=1, for a label outside [0, V); on a GPU such a row's loss and gradient are NaN.
     """
+    if is_dtensor(input):
+        return _of_dtensors(
+            input, weight, target, bias, ce_weight=ce_weight, ignore_index=ignore_index,
+            lse_square_scale=lse_square_scale, label_smoothing=label_smoothing, reduction=reduction, softcap=softcap,
+            return_z_loss=return_z_loss, accum_dtype=accum_dtype, use_token_scaling=use_token_scaling,
+            return_token_accuracy=return_token_accuracy, return_predicted_tokens=return_predicted_tokens,
+            logit_scale=logit_scale, temperature=temperature, token_weight=token_weight, normalizer=normalizer,
+            workspace_bytes=workspace_bytes, return_entropy=return_entropy, low_rank=low_rank, vocab_slice=vocab_slice,
+        )  # fmt: skip
     options = HeadOptions(
         logit_scale, temperature, token_weight, normalizer, workspace_bytes, return_entropy=return_entropy,
         vocab=vocab_slice,
@@ -310,6 +321,13 @@ def liger_fused_linear_cross_entropy(
             *arguments, None, None, chunk_mem_const, options, *(low_rank or ())
         )
     return CrossEntropyOutput(*results) if any(asked) else results[0]
+
+
+def _of_dtensors(input, weight, target, bias, **options):
+    from liger_kernel.ops.vocab_parallel_loss import cross_entropy_of_dtensors
+
+    results = cross_entropy_of_dtensors(liger_fused_linear_cross_entropy, input, weight, target, bias, **options)
+    return CrossEntropyOutput(*results) if any(v for k, v in options.items() if k.startswith("return_")) else results[0]
 
 
 def _is_small(input, weight, options) -> bool:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+
+
+def is_dtensor(x: Any) -> bool:
+    """Whether x is torch's DTensor, whose module takes long to import and is not imported for this."""
+    return type(x).__name__ == "DTensor" and type(x).__module__.startswith("torch.")
 
 
 def why_not_whole(weight: torch.Tensor) -> str | None:
     """Which engine holds this weight (V, H) in parts at this moment, and what to do; None for an ordinary tensor."""
-    if type(weight).__name__ == "DTensor":
+    if is_dtensor(weight):
         return (
             f"is a DTensor {tuple(weight.placements)}, sharded by FSDP2 or tensor parallelism: {_REMEDY}, or pass "  # type: ignore[attr-defined]
             "weight.full_tensor()"

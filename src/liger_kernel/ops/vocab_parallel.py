@@ -37,6 +37,7 @@ class Part:
     live: torch.Tensor  # whether the label is not ignored
     rank: int
     n_classes: torch.Tensor  # 0-d: of all parts
+    start: torch.Tensor  # 0-d: the first class of this part
 
     @property
     def here(self) -> torch.Tensor:
@@ -92,7 +93,7 @@ def find_part(target: torch.Tensor, n_here: int, loss: RowLoss, group, op: str) 
         )
     rank = size_and_rank(group)[1]
     local = (target - starts[rank]).where(owner[rank], 0).masked_fill(~live, loss.ignore_index)
-    return Part(local, owner, live, rank, ends[-1, 0])
+    return Part(local, owner, live, rank, ends[-1, 0], starts[rank, 0])
 
 
 def combine(part: Part, nll, lse, entropy, group) -> Whole:
@@ -120,6 +121,12 @@ def _without(lses: torch.Tensor, rank: int) -> torch.Tensor:
     """lse over all parts but that of rank."""
     others = torch.cat((lses[:rank], lses[rank + 1 :]))
     return others.logsumexp(0) if len(others) else torch.full_like(lses[0], float("-inf"))
+
+
+def first_largest(part: Part, top, predicted, group) -> torch.Tensor:
+    """argmax over all parts (T,), -1 where ignored, from the largest logit of this part and its place in it."""
+    tops, places = gather(top, group), gather(predicted + part.start, group)
+    return places.gather(0, tops.argmax(0, keepdim=True)).squeeze(0).where(part.live, -1)
 
 
 def upstream(part: Part, whole: Whole, d_nll, d_lse=None, d_entropy=None) -> Given:

@@ -52,14 +52,19 @@ def unwrapped(module: Any) -> Any:
     return module
 
 
-def call_again(module: Any, *args, **kwargs) -> Any:
+def call_again(module: Any, *args, split: bool = False, **kwargs) -> Any:
     """module(*args, **kwargs), a further time in one forward.
 
+    Past the hooks where none of them brings the weight: whoever watches a module's calls (torch's CommDebugMode) takes
+    no second one within the first. split: tensor parallelism splits the weight, and its hooks bring nothing.
     Of modules that FSDP2 shards as one unit (a head and the embedding it is tied to), the unit's hooks take a second
     call for the start of a new forward, and then do not reduce the gradient of the first. So it is made past them, on
     weights that stay gathered until the backward has used them.
     """
-    if not is_fully_sharded(module) or len(module._get_fsdp_state()._modules) == 1:
+    if not is_fully_sharded(module):
+        hooked = unwrapped(module) is not module or (module._forward_pre_hooks and not split)
+        return (module if hooked else module.forward)(*args, **kwargs)
+    if len(module._get_fsdp_state()._modules) == 1:
         return module(*args, **kwargs)
     module.unshard()
     return module.forward(*args, **kwargs)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from liger_kernel.ops.sharded import is_dtensor
 from liger_kernel.transformers.fsdp import unwrapped
 from liger_kernel.transformers.head_loss import RESULTS, CrossEntropyLoss, FusedLoss, Gate, Window, is_causal_loss
 from liger_kernel.transformers.head_weight import (
@@ -36,6 +37,14 @@ from liger_kernel.transformers.head_weight import (
 from liger_kernel.transformers.lazy_logits import LazyLogits
 from liger_kernel.transformers.model.output_classes import with_results
 from liger_kernel.transformers.replicas import bind_replicas, unbind_replicas
+from liger_kernel.transformers.tensor_parallel import (
+    Passing,
+    is_split,
+    is_tensor_parallel,
+    on_mesh_of,
+    style_of,
+    why_not_split,
+)
 
 # Keywords of the patched forward that transformers' forwards do not know.
 OPTIONS = (
@@ -46,6 +55,7 @@ OPTIONS = (
 LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels")
 _PATCH = "_liger_head"
 _GATE = "_liger_gate"
+_OWN = "_liger_own_forward"  # a tensor-parallel forward that ours displaced
 
 
 class HeadLeftAlone(Exception):
@@ -141,14 +151,38 @@ def _forward_for(inner: Callable, signature: inspect.Signature | None = None) ->
 def _head_forward(self, hidden, *args, reduce=None, **kwargs):
     gate = getattr(self, _GATE)
     if reduce is not None:
-        return reduce(hidden, *parameters_of(self, hidden, *args))
+        return _reduced(self, hidden, args, reduce)
     window = gate.window
-    if window is None or not window.defer or args or kwargs or not is_foldable(self):
+    if window is None or not window.defer or args or kwargs or not _is_fusable(self, hidden):
         return _own_forward(self)(hidden, *args, **kwargs)
     names = adapters_of(self)
     low = adapter_inputs(self, hidden, names) if names else None
     head = window.head if window.head is not None and unwrapped(window.head) is self else self
-    return LazyLogits(hidden, head, linear_of(self).weight.shape[0], window, low=low, adapters=names)
+    split = is_split(linear_of(self).weight)
+    logits = LazyLogits(hidden, head, linear_of(self).weight.shape[0], window, low=low, adapters=names, split=split)
+    return Passing(logits) if is_dtensor(hidden) else logits
+
+
+def _reduced(head, hidden, args, reduce):
+    """What reduce makes of the hidden states and the parameters, of a tensor-parallel head as DTensors."""
+    weight = linear_of(head).weight
+    if not is_split(weight):
+        return reduce(hidden, *parameters_of(head, hidden, *args))
+    result = reduce(on_mesh_of(weight, hidden), *parameters_of(head, hidden, *args))
+    return Passing(result) if _is_hooked(head) else result
+
+
+def _is_fusable(head, hidden) -> bool:
+    """Whether this call's logits need not be computed: its weight is whole, or split by rows under known wrapping."""
+    if torch.compiler.is_compiling() or not (_is_hooked(head) or _OWN in head.__dict__):
+        return is_foldable(head) and not is_dtensor(hidden)
+    if is_lora(head) or not is_split(head.weight):
+        return False
+    return all(p.is_replicate() for p in hidden.placements) if is_dtensor(hidden) else not _is_hooked(head)
+
+
+def _is_hooked(head) -> bool:
+    return any(map(is_tensor_parallel, head._forward_hooks.values()))
 
 
 _head_forward.__name__ = "forward"  # pickle stores a bound method by name; the class's forward is the one to find
@@ -200,10 +234,12 @@ class Fusion:
         self._unbind_head()
         slot = _forward_slot(head)
         self.head, self.name, self.pattern = head, _name_of(head, self.model), pattern
-        self.head_before = _saved(head, [slot, _GATE])
+        self.head_before = _saved(head, [slot, _GATE, _OWN])
         if _is_ours(head.__dict__.get(slot)):  # PEFT has copied a fused head
             self.head_before = dict.fromkeys(self.head_before, _MISSING)
         head.__dict__[_GATE] = self.gate
+        if style_of(head.__dict__.get(slot)) is not None:
+            head.__dict__[_OWN] = head.__dict__[slot]
         head.__dict__[slot] = MethodType(_head_forward, head)
         bind_replicas(head)
 
@@ -348,7 +384,12 @@ def find_head(model: nn.Module) -> tuple[nn.Module, str]:
     bound = head.__dict__.get(_forward_slot(head))
     # the class's own forward is bound in a pickled head and under accelerate's hook
     own = bound is None or _is_ours(bound) or getattr(bound, "__func__", None) is type(head).forward
-    reason = reason or _why_not_hooks(head) or (None if own else "someone else has replaced the head's forward")
+    displaced = head.__dict__.get(_OWN, bound)
+    wrapped = style_of(displaced) is not None
+    reason = reason or _why_not_hooks(head)
+    reason = reason or (None if own or wrapped else "someone else has replaced the head's forward")
+    if reason is None and (wrapped or _is_hooked(head)):
+        reason = why_not_split(head, displaced)
     if reason is not None:
         raise HeadLeftAlone(reason)
     return head, pattern if linear_of(head).bias is None else f"{pattern} with bias"
@@ -369,7 +410,7 @@ def _why_not_hooks(head) -> str | None:
 
 
 def _is_plumbing(hook) -> bool:
-    """Whether a forward hook belongs to a sharding library, which does not look at the logits."""
+    """Whether a forward hook belongs to a library that splits models, which does not look at the logits."""
     while isinstance(hook, functools.partial):
         hook = hook.func
     return (getattr(hook, "__module__", None) or "").startswith(("torch.distributed.", "deepspeed."))
@@ -384,7 +425,7 @@ def _forward_slot(module: nn.Module) -> str:
 
 
 def _own_forward(head) -> Callable:
-    return MethodType(type(head).forward, head)
+    return head.__dict__.get(_OWN) or MethodType(type(head).forward, head)
 
 
 def _class_forward(kind: type) -> Callable:

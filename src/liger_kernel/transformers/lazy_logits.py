@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch.nn import functional as torch_functional
 
+from liger_kernel.ops.sharded import is_dtensor
 from liger_kernel.transformers.fsdp import call_again, unwrapped
 from liger_kernel.transformers.head_weight import merged_into
+from liger_kernel.transformers.tensor_parallel import Passing
 
 _STATE = ("hidden", "head", "window", "dtype", "device", "_vocab_size", "_steps", "_vocab", "_autocast", "_grad",
-          "_settled", "_made_at", "_low", "_adapters")  # fmt: skip
+          "_settled", "_made_at", "_low", "_adapters", "split")  # fmt: skip
 
 
 class LazyLogits:
@@ -29,12 +31,12 @@ class LazyLogits:
     head(hidden, reduce=f) must return f(hidden, weight, bias), run inside the module's call so that its hooks
     (FSDP, ZeRO, offloading) have the weight in place. window holds the options of the forward it was made in.
     With low, the inputs (..., H) of low-rank `adapters` (None: hidden), head(hidden, low, adapters, reduce=f) returns
-    f(hidden, weight, bias, (u, B)).
+    f(hidden, weight, bias, (u, B)). split: the head's weight is split by rows among ranks, and a DTensor.
     """
 
     def __init__(
         self, hidden, head, vocab_size, window=None, steps=(), dtype=None, vocab=None, grad=None, device=None,
-        low=None, adapters=(),
+        low=None, adapters=(), split=False,
     ):  # fmt: skip
         self.hidden = hidden
         self.head = head
@@ -49,7 +51,7 @@ class LazyLogits:
         self.device = device or hidden.device
         self._value: torch.Tensor | None = None
         self._settled = False
-        self._low, self._adapters = low, adapters
+        self._low, self._adapters, self.split = low, adapters, split
         self._made_at = {} if torch.compiler.is_compiling() else _versions(head)
 
     def _like(self, **changes) -> LazyLogits:
@@ -252,7 +254,9 @@ class LazyLogits:
 
         adapted = () if self._low is None else (self._low, self._adapters)
         with nullcontext() if self._grad else torch.no_grad(), self._made_under_autocast():
-            return call_again(self.head, self.hidden, *adapted, reduce=function if self._vocab is None else sliced)
+            used = function if self._vocab is None else sliced
+            found = call_again(self.head, self.hidden, *adapted, split=self.split, reduce=used)
+        return found.value if isinstance(found, Passing) else found
 
     def _made_under_autocast(self):
         """The autocast state of the head's call, where it is another one now."""
@@ -384,13 +388,15 @@ def _fused_cross_entropy(
         return None
     if input.ndim != 2 or target.dim() != 1 or size_average is not None or reduce is not None:
         return None
-    if not input.is_fusable():
+    if not input.is_fusable() or (input.split and label_smoothing):
         return None
     return input.cross_entropy(target, weight, ignore_index, reduction, label_smoothing)
 
 
 def _linear(hidden, weight, bias, low_rank=None):
     logits = torch_functional.linear(hidden, weight, bias)
+    if is_dtensor(logits):  # of a tensor-parallel head
+        logits = logits.full_tensor()
     return logits if low_rank is None else (logits + torch_functional.linear(*low_rank)).to(logits.dtype)
 
 

@@ -25,8 +25,23 @@ def launch(kernel, programs: int, device: torch.device, *args, **meta) -> None:
 
     args are the kernel's parameters up to the first constexpr; meta its constexprs, num_warps and num_stages.
     """
+    if torch.compiler.is_compiling():
+        backend = device_of(device)
+        with backend.guard(device):
+            kernel[(programs,)](*args, **meta, **backend.launch)
+        return
+    try:
+        _launch(kernel, programs, device, args, meta)
+    except RuntimeError:  # asked for its address, a tensor that is still on its way between ranks has none
+        arrived = tuple([x.wait() if type(x).__name__ == "AsyncCollectiveTensor" else x for x in args])
+        if all(x is y for x, y in zip(arrived, args)):
+            raise
+        _launch(kernel, programs, device, arrived, meta)
+
+
+def _launch(kernel, programs, device, args, meta) -> None:
     backend = device_of(device)
-    if backend.stream is None or not _KEEPS_HANDLES or torch.compiler.is_compiling():
+    if backend.stream is None or not _KEEPS_HANDLES:
         with backend.guard(device):
             kernel[(programs,)](*args, **meta, **backend.launch)
         return

@@ -12,6 +12,7 @@ from torch import nn
 
 from liger_kernel.ops.gated_rms_norm import ACTIVATIONS, CASTING
 from liger_kernel.ops.gated_rms_norm import reference as gated_rms_norm
+from liger_kernel.ops.sharded import is_dtensor
 from liger_kernel.transformers import functional
 from liger_kernel.transformers.kinds import probe
 from liger_kernel.transformers.kinds.probe import MAX_ERROR, MIN_SAME, Match, Refusal
@@ -136,7 +137,7 @@ def forward(form: GatedNorm, name: str = "forward"):
     def method(self, *args, **kwargs):
         inputs = (*args, kwargs[form.gate]) if kwargs.keys() == {form.gate} else args
         gate = inputs[1] if len(inputs) == 2 and len(args) + len(kwargs) == 2 else None
-        if gate is None or gate.shape != inputs[0].shape:
+        if gate is None or gate.shape != inputs[0].shape or is_dtensor(gate) or is_dtensor(inputs[0]):
             return type(self).forward(self, *args, **kwargs)
         x = inputs[0]
         weight = None if form.weight is None else getattr(self, form.weight)

@@ -17,8 +17,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from liger_kernel import ops
+from liger_kernel.ops.sharded import is_dtensor
 from liger_kernel.transformers import functional
-from liger_kernel.transformers.kinds import probe
+from liger_kernel.transformers.kinds import probe, sharded
 from liger_kernel.transformers.kinds.probe import MAX_ERROR, MIN_SAME, Match, Refusal
 
 NAME = "mlp"
@@ -201,6 +202,9 @@ def _may_remake() -> bool:
 
 def product(form: MLP, gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
     """act(gate) * up, the two packed in one tensor where up is None."""
+    if is_dtensor(gate):
+        found = None if up is None else sharded.elementwise(functools.partial(product, form), gate, up)
+        return found if found is not None else gated(form, gate.chunk(2, -1) if up is None else (gate, up))
     if form.wide and gate.dtype not in (torch.float32, torch.float64):
         return product(replace(form, wide=False), gate.float(), None if up is None else up.float()).to(gate.dtype)
     if up is None:

@@ -18,8 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from liger_kernel import ops
 from liger_kernel.ops.rms_norm import reference as rms_norm
+from liger_kernel.ops.sharded import is_dtensor
 from liger_kernel.transformers import functional
-from liger_kernel.transformers.kinds import gated_norm, probe
+from liger_kernel.transformers.kinds import gated_norm, probe, sharded
 from liger_kernel.transformers.kinds.gated_norm import GatedNorm
 from liger_kernel.transformers.kinds.probe import MAX_ERROR, MIN_SAME, Match, Refusal
 
@@ -193,25 +194,37 @@ def forward(form: Norm | GatedNorm, name: str = "forward"):
         if len(args) != 1 or kwargs:
             return type(self).forward(self, *args, **kwargs)
         x = args[0]
-        weight = None if form.weight is None else getattr(self, form.weight)
+        weight, bias = (None if n is None else getattr(self, n) for n in (form.weight, form.bias))
         eps = getattr(self, form.eps) if isinstance(form.eps, str) else form.eps
-        if form.autocasts and x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type):
-            x = x.float()
-        if form.narrows and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        if form.base == "layer":
-            bias = None if form.bias is None else getattr(self, form.bias)
-            weight = weight + form.offset if form.offset else weight
-            if form.promotes:
-                x = x.to(torch.promote_types(x.dtype, weight.dtype))
-            return functional.liger_layer_norm(x, weight, bias, eps)
-        if form.promotes and weight.dtype is not x.dtype:
-            if form.promotes != form.casting and x.dtype is torch.float32:
-                return type(self).forward(self, x)  # T5's kind rounds to the weight's dtype here
-            out = torch.promote_types(x.dtype, weight.dtype)
-            function = ops.LigerRMSNormFunction
-            return function.apply(x, weight, eps, form.offset, form.promotes, False, None, out)
-        return functional.liger_rms_norm(x, weight, eps, form.offset, form.casting, False)
+        if not is_dtensor(x):
+            made = _run_kernel(form, x, weight, bias, eps)
+            return type(self).forward(self, x) if made is None else made
+        rows = sharded.own_rows(x, (weight, bias))
+        if rows is None:
+            return type(self).forward(self, x)
+        own, (weight, bias), back = rows
+        made = _run_kernel(form, own, weight, bias, eps)
+        return type(self).forward(self, x) if made is None else back(made)
 
     method.__name__ = name
     return method
+
+
+def _run_kernel(form: Norm, x, weight, bias, eps):
+    """The norm of plain tensors; None for a mix of dtypes that the module itself computes another way."""
+    if form.autocasts and x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type):
+        x = x.float()
+    if form.narrows and torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if form.base == "layer":
+        weight = weight + form.offset if form.offset else weight
+        if form.promotes:
+            x = x.to(torch.promote_types(x.dtype, weight.dtype))
+        return functional.liger_layer_norm(x, weight, bias, eps)
+    if form.promotes and weight.dtype is not x.dtype:
+        if form.promotes != form.casting and x.dtype is torch.float32:
+            return None  # T5's kind rounds to the weight's dtype here
+        out = torch.promote_types(x.dtype, weight.dtype)
+        function = ops.LigerRMSNormFunction
+        return function.apply(x, weight, eps, form.offset, form.promotes, False, None, out)
+    return functional.liger_rms_norm(x, weight, eps, form.offset, form.casting, False)

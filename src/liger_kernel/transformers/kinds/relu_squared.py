@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from liger_kernel.ops.relu_squared import reference
+from liger_kernel.ops.sharded import is_dtensor
 from liger_kernel.transformers import functional
 from liger_kernel.transformers.kinds import probe
 from liger_kernel.transformers.kinds.probe import MIN_SAME, Match
@@ -39,7 +40,7 @@ def forward(variant: str, name: str = "forward"):
     """The method that replaces its forward; `name` is the attribute it is bound under (pickle needs it)."""
 
     def method(self, *args, **kwargs):
-        if len(args) != 1 or kwargs:
+        if len(args) != 1 or kwargs or is_dtensor(args[0]):
             return type(self).forward(self, *args, **kwargs)
         return functional.liger_relu_squared(args[0])
 

@@ -17,6 +17,7 @@ import torch
 
 from liger_kernel import ops
 from liger_kernel.ops.rope import STYLES, reference
+from liger_kernel.ops.sharded import is_dtensor
 from liger_kernel.transformers import functional
 from liger_kernel.transformers.kinds import probe
 from liger_kernel.transformers.kinds.probe import MAX_ERROR, MIN_SAME, Match, Refusal
@@ -258,7 +259,7 @@ def replacement(original: Callable, form: Rope) -> Callable:
         if layout is None:
             return original(*args, **kwargs)
         xs, cos, sin = _parts(form.call, given)
-        if not _fits(form, layout, xs, cos):
+        if not _fits(form, layout, xs, cos) or any(map(is_dtensor, (*xs, cos))):
             return original(*args, **kwargs)
         cos, sin, rotary = _tables(form, cos, sin)
         xs, heads_at = _with_heads(xs, layout)
