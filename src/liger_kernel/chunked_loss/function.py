@@ -53,7 +53,7 @@ class HeadLoss(GradAware):
 class Call:
     """function.apply, also in a compiled graph: Dynamo hands no autograd Function to a classmethod; it gets a twin."""
 
-    def __init__(self, function: type[HeadLoss]):
+    def __init__(self, function: type[GradAware]):
         members: dict[str, object] = {}
         for base in reversed(function.__mro__[: function.__mro__.index(GradAware)]):
             members |= {name: m for name, m in vars(base).items() if isinstance(m, (staticmethod, classmethod))}
