@@ -72,11 +72,14 @@ def test_every_loss(kind, budget, given, impl, monkeypatch):
     assert_same(fused(kind), formula(kind), given)
 
 
-@pytest.mark.parametrize("kind, option", [(k, o) for k in CLASSES for o in [
+OPTIONS = [
     dict(weight_hard_loss=0.0), dict(weight_soft_loss=0.0), dict(weight_hard_loss=0.2, weight_soft_loss=0.9),
     dict(beta=0.0), dict(beta=1.0), dict(beta=0.1), dict(ignore_index=3), dict(temperature=2.0), dict(softcap=2.0),
     dict(logit_scale=0.3), dict(teacher_softcap=2.0), dict(teacher_logit_scale=0.3),
-]], ids=str)  # fmt: skip
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, option", [(k, o) for k in CLASSES for o in OPTIONS], ids=str)
 def test_every_option_changes_the_loss_as_it_changes_the_formula(kind, option, given):
     if "ignore_index" in option:
         given["target"] = given["target"].where(given["target"] >= 0, 3)

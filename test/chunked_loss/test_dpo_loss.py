@@ -112,11 +112,14 @@ def test_each_way_through_the_engine_on_each_implementation(budget, given, impl,
     )
 
 
-@pytest.mark.parametrize("option", [
+OPTIONS = [
     dict(ignore_index=3), dict(beta=0.7), dict(compute_nll_loss=True), dict(compute_nll_loss=True, alpha=0.3),
     dict(average_log_prob=True), dict(label_smoothing=0.2), dict(use_ref_model=False), dict(softcap=2.0),
     dict(logit_scale=0.3), dict(loss_type="discopop", discopop_tau=0.5), dict(loss_type="robust", label_smoothing=0.3),
-], ids=str)  # fmt: skip
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
 def test_every_option_changes_the_loss_as_it_changes_the_formula(option, given):
     if "ignore_index" in option:
         given["target"] = given["target"].where(given["target"] >= 0, 3)

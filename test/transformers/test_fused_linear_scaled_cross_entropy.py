@@ -69,7 +69,7 @@ def test_what_is_not_offered_is_named():
         liger_fused_linear_logprobs(hidden, weight[:, :3], target)
 
 
-@pytest.mark.parametrize("asked", [(False, False), (True, True)])
+@pytest.mark.parametrize("asked", [(False, False, False), (True, True, True)])
 def test_custom_op_passes_opcheck(asked):
     from liger_kernel.ops.head_compile import logprobs_op
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import logsigmoid
 
-from liger_kernel.chunked_loss.function import IGNORE_INDEX
+from liger_kernel.chunked_loss.function import IGNORE_INDEX, Call
 from liger_kernel.chunked_loss.fused_linear_preference import LigerFusedLinearPreferenceBase
 
 
@@ -44,11 +44,14 @@ class LigerFusedLinearCPOFunction(LigerFusedLinearPreferenceBase):
         logit_scale=1.0,
     ):  # fmt: skip
         check_smoothing(label_smoothing)
-        return super().forward(
+        return LigerFusedLinearPreferenceBase.forward(
             cls, ctx, _input, weight, target, bias, ignore_index=ignore_index, alpha=alpha, beta=beta,
             compute_nll_loss=compute_nll_loss, average_log_prob=average_log_prob, softcap=softcap,
             logit_scale=logit_scale, label_smoothing=label_smoothing,
         )  # fmt: skip
+
+
+call = Call(LigerFusedLinearCPOFunction)
 
 
 class LigerFusedLinearCPOLoss(torch.nn.Module):
@@ -76,7 +79,7 @@ class LigerFusedLinearCPOLoss(torch.nn.Module):
         -> (loss, (chosen_logps (N,), rejected_logps, chosen_logits_mean, rejected_logits_mean, nll_loss,
         chosen_rewards (N,), rejected_rewards)); only loss is differentiable.
         """
-        return LigerFusedLinearCPOFunction.apply(
+        return call(
             _input, lin_weight, target, bias, self.ignore_index, self.beta, self.alpha, self.label_smoothing,
             self.compute_nll_loss, self.compiled, self.average_log_prob, self.chunk_size, self.softcap,
             self.logit_scale,

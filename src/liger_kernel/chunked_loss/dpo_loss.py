@@ -22,7 +22,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from liger_kernel.chunked_loss.cpo_loss import smoothed
-from liger_kernel.chunked_loss.function import IGNORE_INDEX
+from liger_kernel.chunked_loss.function import IGNORE_INDEX, Call
 from liger_kernel.chunked_loss.fused_linear_preference import LigerFusedLinearPreferenceBase
 
 
@@ -97,7 +97,7 @@ class LigerFusedLinearDPOFunction(LigerFusedLinearPreferenceBase):
         ref_chosen_logps=None, ref_rejected_logps=None, softcap=None, logit_scale=1.0,
     ):  # fmt: skip
         check(loss_type, beta, label_smoothing, discopop_tau)
-        return super().forward(
+        return LigerFusedLinearPreferenceBase.forward(
             cls, ctx, _input, weight, target, bias, ignore_index=ignore_index, alpha=alpha, beta=beta,
             compute_nll_loss=compute_nll_loss, use_ref_model=use_ref_model, ref_input=ref_input, ref_weight=ref_weight,
             ref_bias=ref_bias, average_log_prob=average_log_prob or loss_type == "ipo",
@@ -105,6 +105,9 @@ class LigerFusedLinearDPOFunction(LigerFusedLinearPreferenceBase):
             logit_scale=logit_scale, couples_batch=loss_type == "bco_pair", loss_type=loss_type,
             label_smoothing=label_smoothing, discopop_tau=discopop_tau,
         )  # fmt: skip
+
+
+call = Call(LigerFusedLinearDPOFunction)
 
 
 class LigerFusedLinearDPOLoss(torch.nn.Module):
@@ -140,7 +143,7 @@ class LigerFusedLinearDPOLoss(torch.nn.Module):
         -> (loss, (chosen_logps (N,), rejected_logps, chosen_logits_mean, rejected_logits_mean, nll_loss,
         chosen_rewards (N,), rejected_rewards)); the logits' means are over live tokens; only loss is differentiable.
         """
-        return LigerFusedLinearDPOFunction.apply(
+        return call(
             _input, lin_weight, target, bias, ref_input, ref_weight, ref_bias, self.ignore_index, self.beta,
             self.compute_nll_loss, self.compiled, self.use_ref_model, self.average_log_prob, self.chunk_size,
             self.loss_type, self.label_smoothing, self.discopop_tau, self.alpha, ref_chosen_logps, ref_rejected_logps,

@@ -22,6 +22,8 @@ class HeadLoss(GradAware):
     @classmethod
     def solve(cls, ctx, batch: Batch, objective, sides, late=False, fields=()) -> Outcome:
         """The outcome of head_groups.run, which the backward continues."""
+        if torch.compiler.is_compiling():
+            return traced(batch, objective, sides, fields)
         needs = tuple(ctx.needs_input_grad[place] for place in cls.PLACES)
         ctx.needs = *needs[:2], batch.bias is not None and needs[2]
         outcome = head_groups.run(batch, objective, sides, ctx.needs, late, fields)
@@ -48,6 +50,41 @@ class HeadLoss(GradAware):
         return tuple(found)
 
 
+class Call:
+    """function.apply, also in a compiled graph: Dynamo hands no autograd Function to a classmethod; it gets a twin."""
+
+    def __init__(self, function: type[GradAware]):
+        members: dict[str, object] = {}
+        for base in reversed(function.__mro__[: function.__mro__.index(GradAware)]):
+            members |= {name: m for name, m in vars(base).items() if isinstance(m, (staticmethod, classmethod))}
+        self.function, self.twin = function, type(function.__name__, (), members | {"__doc__": function.__doc__})
+
+    def __call__(self, *args):
+        if torch.compiler.is_compiling():
+            return self.twin.forward(Traced(), *args)  # type: ignore[attr-defined]
+        return self.function.apply(*args)
+
+
+class Traced:
+    """The ctx of a forward that Dynamo traces."""
+
+
+def traced(batch: Batch, objective, sides, fields) -> Outcome:
+    """The objective as a graph of its own over differentiable log-probabilities, 8 T H V."""
+    log_prob, mean = traced_log_probs(batch, fields)
+    loss, aux = objective(batch.units(log_prob), **sides)
+    return Outcome(loss, aux, batch.units(log_prob), None if mean is None else batch.units(mean))
+
+
+def traced_log_probs(batch: Batch, fields=()):
+    """(B, L) log-probabilities and, on request, the rows' mean logits."""
+    from liger_kernel.ops.head_compile import traced_logprobs  # registers ops
+
+    hidden, target = batch.hidden.reshape(-1, batch.hidden.shape[-1]), batch.target.reshape(-1)
+    log_prob, *_, mean = traced_logprobs(hidden, batch.weight, target, batch.bias, batch.loss, fields, None)
+    return log_prob.view(batch.target.shape), None if mean is None else mean.view(batch.target.shape)
+
+
 def row_loss(ignore_index=IGNORE_INDEX, softcap=None, logit_scale=1.0, temperature=1.0) -> RowLoss:
     return RowLoss(ignore_index, softcap=softcap, scale=logit_scale, temperature=temperature)
 
@@ -71,6 +108,8 @@ def log_probs_of(hidden, weight, bias, target, loss: RowLoss, op: str) -> torch.
     if hidden is None or weight is None:
         raise ValueError(f"{op}: the reference model needs ref_input and ref_weight")
     batch = batch_of(hidden, weight, bias, target, loss, 1, op)
+    if torch.compiler.is_compiling():
+        return traced_log_probs(batch)[0].detach()
     # The policy's groups take as much afterwards, and larger products are faster.
     stats = head_groups.row_stats(batch, workspace_bytes=head_groups.budget(batch))
     return stats.loss.neg().view(target.shape)

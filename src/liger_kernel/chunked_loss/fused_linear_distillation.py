@@ -53,10 +53,16 @@ class LigerFusedLinearDistillationBase(GradAware):
         flat = target.reshape(-1).contiguous()
         check_target(flat.shape[0], student_weight.shape[0], flat, student_input.device, hard, name)
         weights = weight_soft_loss, weight_hard_loss if compute_ce_loss else 0.0
-        needs = *(ctx.needs_input_grad[i] for i in PLACES[:2]), student_bias is not None and ctx.needs_input_grad[5]
         tensors = student_input, student_weight, teacher_input, teacher_weight, flat, student_bias, teacher_bias
         options = cls, weights, compute_ce_loss and (return_soft_hard_loss or weights[1] != 0), soft, hard, teacher
         options = *options, {"beta": beta} | loss_kwargs, head.product_dtype(student_input)
+        if torch.compiler.is_compiling():
+            from liger_kernel.chunked_loss.distillation_compile import traced  # registers ops
+
+            totals = traced(name, tensors, options)
+            loss = totals[0] * weights[0] + totals[1] * weights[1]
+            return (loss, *totals.detach().unbind()) if return_soft_hard_loss else loss
+        needs = *(ctx.needs_input_grad[i] for i in PLACES[:2]), student_bias is not None and ctx.needs_input_grad[5]
         early = is_early("mean", options[-1])
         totals, grads = solve(tensors, options, needs if early else (False,) * 3)
         ctx.grads, ctx.options, ctx.name = grads, options, name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from liger_kernel.chunked_loss.function import IGNORE_INDEX, HeadLoss, batch_of, detached, log_probs_of, row_loss
+from liger_kernel.ops.head import counts_for_free
 
 
 class LigerFusedLinearPreferenceBase(HeadLoss):
@@ -78,7 +79,7 @@ def with_nll_target(target, nll_target, ignore_index, name):
     nll_target, chosen = nll_target[:n_pairs], target[:n_pairs]
     live = nll_target != ignore_index
     clash = live & (chosen != ignore_index) & (chosen != nll_target)
-    if clash.device.type == "cpu" and clash.any():
+    if counts_for_free(clash) and clash.any():
         raise ValueError(f"{name}: nll_target and target name different labels for the same token")
     out_of_range = torch.iinfo(torch.int32).max  # on a device that may not be waited for: NaN, not a plausible number
     merged = chosen.where(~live, nll_target).masked_fill(clash, out_of_range)

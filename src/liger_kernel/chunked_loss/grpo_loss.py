@@ -21,6 +21,7 @@ import math
 
 import torch
 
+from liger_kernel.chunked_loss.function import Call
 from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
 
 CLIPPED = ("bnpo", "dapo", "dr_grpo", "grpo", "luspo")
@@ -195,13 +196,16 @@ class LigerFusedLinearGRPOFunction(LigerFusedLinearPPOBase):
         logit_scale=1.0,
     ):  # fmt: skip
         check(loss_type, importance_sampling_level, max_completion_length, delta, epsilon_low, epsilon_high)
-        return super().forward(
+        return LigerFusedLinearPPOBase.forward(
             cls, ctx, _input, weight, selected_token_ids, attention_mask, advantages, bias, ref_per_token_logps,
             old_per_token_logps, ref_input, ref_weight, ref_bias, epsilon_low, epsilon_high, beta, loss_type,
             max_completion_length, importance_sampling_level, temperature, compiled, use_ref_model, chunk_size,
             sapo_temperature_pos, sapo_temperature_neg, vllm_is_ratio, delta, use_bias_correction_kl, vespo_k_pos,
             vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg, num_items_in_batch, softcap, logit_scale,
         )  # fmt: skip
+
+
+call = Call(LigerFusedLinearGRPOFunction)
 
 
 class LigerFusedLinearGRPOLoss(torch.nn.Module):
@@ -246,7 +250,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
 
         -> (loss, metrics): where beta != 0 the mean KL, then the share of clipped tokens; only loss is differentiable.
         """
-        return LigerFusedLinearGRPOFunction.apply(
+        return call(
             _input, lin_weight, selected_token_ids, attention_mask, advantages, bias, ref_per_token_logps,
             old_per_token_logps, ref_input, ref_weight, ref_bias, self.beta, self.epsilon_low, self.epsilon_high,
             self.loss_type, self.max_completion_length, self.importance_sampling_level, self.sapo_temperature_pos,

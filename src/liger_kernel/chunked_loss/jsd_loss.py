@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from liger_kernel.chunked_loss.function import IGNORE_INDEX
+from liger_kernel.chunked_loss.function import IGNORE_INDEX, Call
 from liger_kernel.chunked_loss.fused_linear_distillation import LigerFusedLinearDistillationBase
 from liger_kernel.ops import jsd
 from liger_kernel.ops.core import kernels, wide
@@ -60,13 +60,16 @@ class LigerFusedLinearJSDFunction(LigerFusedLinearDistillationBase):
         teacher_logit_scale=1.0,
     ):  # fmt: skip
         jsd.check_options(beta, ignore_index)
-        return super().forward(
+        return LigerFusedLinearDistillationBase.forward(
             cls, ctx, student_input, student_weight, teacher_input, teacher_weight, true_labels, student_bias,
             teacher_bias, ignore_index=ignore_index, weight_hard_loss=weight_hard_loss,
             weight_soft_loss=weight_soft_loss, beta=beta, temperature=temperature,
             return_soft_hard_loss=return_soft_hard_loss, softcap=softcap, logit_scale=logit_scale,
             teacher_softcap=teacher_softcap, teacher_logit_scale=teacher_logit_scale,
         )  # fmt: skip
+
+
+call = Call(LigerFusedLinearJSDFunction)
 
 
 class LigerFusedLinearJSDLoss(torch.nn.Module):
@@ -98,7 +101,7 @@ class LigerFusedLinearJSDLoss(torch.nn.Module):
         """student_input: (..., H), student_weight: (V, H); teacher_input: (..., H'), teacher_weight: (V, H'), without
         gradients; true_labels: (...), whose ignore_index rows do not count -> the loss, averaged over the others.
         """
-        return LigerFusedLinearJSDFunction.apply(
+        return call(
             student_input, student_weight, teacher_input, teacher_weight, true_labels, student_bias, teacher_bias,
             self.weight_hard_loss, self.weight_soft_loss, self.beta, self.ignore_index, self.temperature, self.compiled,
             self.chunk_size, self.return_soft_hard_loss, self.softcap, self.logit_scale, self.teacher_softcap,

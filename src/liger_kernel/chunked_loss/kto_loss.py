@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from liger_kernel.chunked_loss.function import IGNORE_INDEX
+from liger_kernel.chunked_loss.function import IGNORE_INDEX, Call
 from liger_kernel.chunked_loss.fused_linear_unpaired_preference import LigerFusedLinearUnpairedPreferenceBase
 
 
@@ -45,12 +45,15 @@ class LigerFusedLinearKTOFunction(LigerFusedLinearUnpairedPreferenceBase):
             if kl.numel() != 1:
                 raise ValueError(f"{cls.__name__}: kl must have one element, got shape {tuple(kl.shape)}")
             kl = kl.detach().reshape(()).to(_input.device)
-        return super().forward(
+        return LigerFusedLinearUnpairedPreferenceBase.forward(
             cls, ctx, _input, weight, target, preference_labels, bias, ignore_index=ignore_index,
             use_ref_model=use_ref_model, ref_input=ref_input, ref_weight=ref_weight, ref_bias=ref_bias,
             average_log_prob=average_log_prob, softcap=softcap, logit_scale=logit_scale, beta=beta, kl=kl,
             desirable_weight=desirable_weight, undesirable_weight=undesirable_weight,
         )  # fmt: skip
+
+
+call = Call(LigerFusedLinearKTOFunction)
 
 
 class LigerFusedLinearKTOLoss(torch.nn.Module):
@@ -84,7 +87,7 @@ class LigerFusedLinearKTOLoss(torch.nn.Module):
         rejected_rewards_sum)), the sums over the desirable (chosen) and the other sequences, those of the logits over
         live tokens; only loss is differentiable.
         """
-        return LigerFusedLinearKTOFunction.apply(
+        return call(
             _input, lin_weight, target, preference_labels, bias, ref_input, ref_weight, ref_bias, kl,
             self.ignore_index, self.beta, self.compiled, self.use_ref_model or ref_input is not None,
             self.average_log_prob, self.chunk_size, self.desirable_weight, self.undesirable_weight, self.softcap,

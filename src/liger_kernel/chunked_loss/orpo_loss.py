@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import logsigmoid
 
-from liger_kernel.chunked_loss.function import IGNORE_INDEX
+from liger_kernel.chunked_loss.function import IGNORE_INDEX, Call
 from liger_kernel.chunked_loss.fused_linear_preference import LigerFusedLinearPreferenceBase
 
 
@@ -34,7 +34,7 @@ class LigerFusedLinearORPOFunction(LigerFusedLinearPreferenceBase):
         cls, ctx, _input, weight, target, bias=None, ignore_index=IGNORE_INDEX, beta=0.1, compute_nll_loss=True,
         nll_target=None, compiled=True, chunk_size=1, softcap=None, logit_scale=1.0,
     ):  # fmt: skip
-        return super().forward(
+        return LigerFusedLinearPreferenceBase.forward(
             cls, ctx, _input, weight, target, bias, ignore_index=ignore_index, beta=beta,
             compute_nll_loss=compute_nll_loss, nll_target=nll_target, average_log_prob=True, softcap=softcap,
             logit_scale=logit_scale,
@@ -48,6 +48,9 @@ def log1mexp(x: torch.Tensor) -> torch.Tensor:
     return torch.where(
         near, torch.log(-torch.expm1(x.where(near, -0.5))), torch.log1p(-torch.exp(x.where(~near, -1.0)))
     )
+
+
+call = Call(LigerFusedLinearORPOFunction)
 
 
 class LigerFusedLinearORPOLoss(torch.nn.Module):
@@ -74,7 +77,7 @@ class LigerFusedLinearORPOLoss(torch.nn.Module):
         -> (loss, (chosen_logps (N,), rejected_logps, chosen_logits_mean, rejected_logits_mean, nll_loss,
         chosen_rewards (N,), rejected_rewards, log_odds_ratio, log_odds_chosen)); only loss is differentiable.
         """
-        return LigerFusedLinearORPOFunction.apply(
+        return call(
             _input, lin_weight, target, bias, self.ignore_index, self.beta, self.compute_nll_loss, nll_target,
             self.compiled, self.chunk_size, self.softcap, self.logit_scale,
         )  # fmt: skip

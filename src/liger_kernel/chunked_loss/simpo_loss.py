@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from liger_kernel.chunked_loss.cpo_loss import check_smoothing, smoothed
-from liger_kernel.chunked_loss.function import IGNORE_INDEX
+from liger_kernel.chunked_loss.function import IGNORE_INDEX, Call
 from liger_kernel.chunked_loss.fused_linear_preference import LigerFusedLinearPreferenceBase
 
 
@@ -34,11 +34,14 @@ class LigerFusedLinearSimPOFunction(LigerFusedLinearPreferenceBase):
         logit_scale=1.0,
     ):  # fmt: skip
         check_smoothing(label_smoothing)
-        return super().forward(
+        return LigerFusedLinearPreferenceBase.forward(
             cls, ctx, _input, weight, target, bias, ignore_index=ignore_index, alpha=alpha, beta=beta,
             compute_nll_loss=compute_nll_loss, average_log_prob=True, softcap=softcap, logit_scale=logit_scale,
             gamma=gamma, label_smoothing=label_smoothing,
         )  # fmt: skip
+
+
+call = Call(LigerFusedLinearSimPOFunction)
 
 
 class LigerFusedLinearSimPOLoss(torch.nn.Module):
@@ -66,7 +69,7 @@ class LigerFusedLinearSimPOLoss(torch.nn.Module):
         -> (loss, (chosen_logps (N,), rejected_logps, chosen_logits_mean, rejected_logits_mean, nll_loss,
         chosen_rewards (N,), rejected_rewards)); only loss is differentiable.
         """
-        return LigerFusedLinearSimPOFunction.apply(
+        return call(
             _input, lin_weight, target, bias, self.ignore_index, self.beta, self.alpha, self.label_smoothing,
             self.compute_nll_loss, self.compiled, self.gamma, self.chunk_size, self.softcap, self.logit_scale,
         )  # fmt: skip

@@ -202,7 +202,7 @@ def liger_fused_linear_logprobs(
     if torch.compiler.is_compiling():
         from liger_kernel.ops.head_compile import traced_logprobs
 
-        log_prob, lse, entropy, predicted = traced_logprobs(*arguments)
+        log_prob, lse, entropy, predicted, _ = traced_logprobs(*arguments)
     else:
         log_prob, lse, entropy, predicted = LigerFusedLinearLogprobsFunction.apply(*arguments)
     hit = None if predicted is None else (predicted == target) & (target != ignore_index)

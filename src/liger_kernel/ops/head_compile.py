@@ -186,15 +186,16 @@ forward_op.register_autograd(_backward, setup_context=_setup)
 
 
 def traced_logprobs(hidden, weight, target, bias, loss, fields, workspace_bytes):
-    """(log_prob, lse, entropy, predicted), None for what was not asked; called while Dynamo traces."""
+    """(log_prob, lse, entropy, predicted, mean), None for what was not asked; called while Dynamo traces."""
     grown = torch.is_grad_enabled()
     needs = [grown and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    asked = ["entropy" in fields, "predicted" in fields]
-    log_prob, lse, entropy, predicted, *_ = logprobs_op(
+    asked = ["entropy" in fields, "predicted" in fields, "mean" in fields]
+    log_prob, lse, entropy, predicted, mean, *_ = logprobs_op(
         hidden, weight, target, bias, on_device(loss.scale, hidden), on_device(loss.temperature, hidden),
         loss.ignore_index, loss.softcap, asked, needs, head.product_dtype(hidden), workspace_bytes,
     )  # fmt: skip
-    return log_prob, lse, entropy if asked[0] else None, predicted.detach() if asked[1] else None
+    rest = (r.detach() if wanted else None for r, wanted in zip((predicted, mean), asked[1:]))
+    return log_prob, lse, entropy if asked[0] else None, *rest
 
 
 @torch.library.custom_op("liger_kernel::fused_linear_logprobs", mutates_args=())
@@ -203,11 +204,11 @@ def logprobs_op(
     temperature: Maybe, ignore_index: int, softcap: float | None, asked: list[bool], needs: list[bool],
     dtype: torch.dtype, workspace_bytes: int | None,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """-> log_prob, lse, entropy, predicted and, for the backward, top and log_sum."""
-    fields = ("lse",) + ("entropy",) * asked[0] + ("predicted",) * asked[1]
+    """-> log_prob, lse, entropy, predicted, the mean logit and, for the backward, top and log_sum."""
+    fields = "lse", *(f for f, wanted in zip(("entropy", "predicted", "mean"), asked) if wanted)
     loss = RowLoss(ignore_index, softcap=softcap, scale=or_1(scale), temperature=or_1(temperature))
     stats = logprobs.logprobs_forward(hidden, weight, target, bias, loss, fields, dtype, workspace_bytes)
-    optional = stats.lse, stats.entropy, stats.predicted, stats.top, stats.log_sum
+    optional = stats.lse, stats.entropy, stats.predicted, stats.mean, stats.top, stats.log_sum
     return [-stats.loss, *(filled(o, hidden) for o in optional)]
 
 
@@ -216,6 +217,7 @@ def _(hidden, weight, target, bias, scale, temperature, ignore_index, softcap, a
     outputs = [hidden.new_empty(target.shape, dtype=wide(dtype)) for _ in range(2 + asked[0])]
     outputs += [hidden.new_empty(0)] * (not asked[0])
     outputs.append(target.new_empty(target.shape, dtype=torch.int64) if asked[1] else hidden.new_empty(0))
+    outputs.append(hidden.new_empty(target.shape, dtype=wide(dtype)) if asked[2] else hidden.new_empty(0))
     return [*outputs, *(hidden.new_empty(target.shape, dtype=wide(dtype)) for _ in range(2))]
 
 
@@ -249,7 +251,7 @@ def _(d_log_prob, d_lse, d_entropy, log_prob, top, log_sum, entropy, hidden, wei
 def _logprobs_setup(ctx, inputs, output):
     ctx.constants, ctx.asked, ctx.needs = (*inputs[6:8], *inputs[9:]), inputs[8], inputs[9]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[0], *output[4:], output[2] if ctx.asked[0] else None, *inputs[:6])
+    ctx.save_for_backward(output[0], *output[5:], output[2] if ctx.asked[0] else None, *inputs[:6])
 
 
 def _logprobs_backward(ctx, grads):
