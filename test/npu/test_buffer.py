@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from liger_kernel.backends import ascend
 from liger_kernel.ops import core
 from test_contract import OPS
 
