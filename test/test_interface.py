@@ -17,6 +17,7 @@ HOOKS = "subclasses define the loss only; the head walks its rows itself, so the
 EXCEPTIONS = {
     **{f"ops.{op}.get_num_warps": INTERNAL for op in ("fused_ce_tvd", "fused_linear_kl_div", "kl_div", "tvd")},
     "ops.fused_moe.compute_routing_metadata": INTERNAL,
+    "ops.mhc.mhc_": "hand on what its kernels leave for each other, whose shapes only they know",
     "ops.mlp.get_bucket_m": INTERNAL,
     "ops.mlp.gemm_swiglu": INTERNAL,
     "ops.mlp.swiglu_backward_d": INTERNAL,
@@ -28,11 +29,7 @@ EXCEPTIONS = {
         for base in ("distillation", "ppo", "preference", "unpaired_preference")
     },
 }
-NOT_BUILT = (
-    "attn_res", "AttnRes", "mhc", "MHC", "modulated_rms_norm", "ModulatedRMSNorm",
-    "LigerExpertParallelFusedMoe", "configure",
-    "backends.registry.",
-)  # fmt: skip
+NOT_BUILT = ("LigerExpertParallelFusedMoe", "configure", "backends.registry.")
 
 
 def listed():
