@@ -15,7 +15,7 @@ class LigerMHC(nn.Module):
 
     See `liger_mhc_coeffs` for the formulas of mHC (arXiv:2512.24880) and for tmax, the eps and post_mult. Parameters:
     those of the layer; phi (hc * c, 2 hc + hc^2) in phi_dtype, normal with a deviation of 0.02; b, zeros, and the three
-    alphas, 0.01 as in the paper, in fp32. So at first every stream reads, writes and mixes alike.
+    alphas, 0.01, in fp32. So at first every stream reads, writes and mixes alike.
     Raises ValueError for an hc, c or tmax below 1; forward does as `liger_mhc_coeffs`: an x in fp32 needs allow_fp32.
     """
 
