@@ -196,15 +196,14 @@ def forward(form: Norm | GatedNorm, name: str = "forward"):
         x = args[0]
         weight, bias = (None if n is None else getattr(self, n) for n in (form.weight, form.bias))
         eps = getattr(self, form.eps) if isinstance(form.eps, str) else form.eps
+        made = None
         if not is_dtensor(x):
             made = _run_kernel(form, x, weight, bias, eps)
-            return type(self).forward(self, x) if made is None else made
-        rows = sharded.own_rows(x, (weight, bias))
-        if rows is None:
-            return type(self).forward(self, x)
-        own, (weight, bias), back = rows
-        made = _run_kernel(form, own, weight, bias, eps)
-        return type(self).forward(self, x) if made is None else back(made)
+        elif (rows := sharded.own_rows(x, (weight, bias))) is not None:
+            own, (weight, bias), back = rows
+            made = _run_kernel(form, own, weight, bias, eps)
+            made = made if made is None else back(made)
+        return type(self).forward(self, x) if made is None else made
 
     method.__name__ = name
     return method
