@@ -7,6 +7,7 @@ import importlib
 
 import pytest
 import torch
+from packaging.version import Version
 
 from liger_kernel.ops import EXPORTS, core
 from liger_kernel.selftest import call as run
@@ -14,6 +15,8 @@ from liger_kernel.selftest import differentiable, outputs_of
 
 from support import assert_as_good_as_torch, dtypes
 
+# Dynamo of torch 2.11 asserts, and of 2.13 does not, where a size that was dynamic becomes a constant in a Function.
+SIZES_MUST_STAY = Version(torch.__version__) < Version("2.13")
 OPS = [op for op in EXPORTS if hasattr(importlib.import_module(f"liger_kernel.ops.{op}"), "CONTRACT")]
 
 
@@ -105,6 +108,8 @@ def test_compiles_into_one_graph(op, device):
     torch._dynamo.reset()
     core.set_impl(None)  # nothing resolved yet: dispatch must trace from cold
     for case in contract.cases(torch.float32, device)[:2]:
+        if SIZES_MUST_STAY:
+            torch._dynamo.reset()
         # inductor on a GPU, where the Triton launches must survive it; on a CPU its C++ build would only cost time
         compiled = torch.compile(
             contract.call, fullgraph=True, backend="inductor" if device.type != "cpu" else "aot_eager"

@@ -55,12 +55,14 @@ def test_a_function_is_the_named_op_and_knows_its_implementations(name, monkeypa
             function(*args, **bad)
 
 
-def test_an_implementation_that_a_call_cannot_choose_is_refused():
-    with pytest.raises(ValueError, match=r"rms_norm runs on 'torch' here: set_impl\('triton'\)"):
-        ours.rms_norm(torch.randn(2, 4), torch.ones(4), impl="triton")
-    core.set_impl("triton")
+def test_an_implementation_that_a_call_cannot_choose_is_refused(device):
+    x, w = torch.randn(2, 4, device=device), torch.ones(4, device=device)
+    runs, other = ("torch", "triton") if device.type == "cpu" else ("triton", "torch")
+    with pytest.raises(ValueError, match=rf"rms_norm runs on '{runs}' here: set_impl\('{other}'\)"):
+        ours.rms_norm(x, w, impl=other)
+    core.set_impl(other)
     try:
-        ours.rms_norm(torch.randn(2, 4), torch.ones(4), impl="triton")
+        ours.rms_norm(x, w, impl=other)
     finally:
         core.set_impl(None)
 
@@ -71,17 +73,17 @@ def test_older_names_of_the_dispatch():
     assert liger_kernel.available_backends("rms_norm", "cpu") == liger_kernel.available_impls("rms_norm", "cpu")
 
 
-def test_dispatch_names_what_runs_and_runs_it():
+def test_dispatch_names_what_runs_and_runs_it(device):
     from liger_kernel.backends import all_backends, dispatch, failures
 
-    x = torch.randn(3, 5)
-    assert torch.equal(dispatch.dispatch("softmax", x, impl="torch"), named.liger_softmax(x))
+    x, runs = torch.randn(3, 5, device=device), "torch" if device.type == "cpu" else "triton"
+    assert torch.equal(dispatch.dispatch("softmax", x, impl=runs), named.liger_softmax(x))
     with pytest.raises(ValueError, match="'no_such_impl' is not one of"):
         dispatch.dispatch("softmax", x, backend="no_such_impl")
     with pytest.raises(ValueError, match="op_name must be one of"):
         dispatch.dispatch("no_such_op", x)
     assert dispatch.resolve_impl("softmax", device="cpu") == "torch"
-    assert dispatch.resolve_impl("softmax", "triton", "cpu") == "triton"
+    assert dispatch.resolve_impl("softmax", "triton", device.type) == "triton"
     assert {"torch", "triton"} <= set(dispatch.all_impls("softmax"))
     assert dispatch.available_impls("softmax", "cpu") == core.available_impls("softmax", "cpu")
     core.kernels("softmax", x)

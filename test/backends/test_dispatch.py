@@ -35,8 +35,9 @@ def on_device(name, script="on_device.py", **environment):
     command = [sys.executable, Path(__file__).with_name(script), name]
     path = f"{ROOT / 'src'}:{ROOT / 'test'}"
     done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": path} | environment, capture_output=True, text=True, timeout=300
-    )
+        command, env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""} | environment,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
     assert done.stdout, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -126,14 +127,20 @@ def test_amd_and_nvidia_share_a_device_type_and_not_their_facts(hip, name, arch,
 # Intel GPUs: torch has the name, so no fake device can take it. FakeTensors have the device without the memory.
 
 
-def test_xpu_tensors_take_the_xpu_backend(monkeypatch):
+@pytest.fixture
+def fake_mode(monkeypatch):
+    from torch._subclasses import FakeTensorMode, fake_tensor
+
+    monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda device: None)  # where there is CUDA it asks for XPU too
+    return FakeTensorMode
+
+
+def test_xpu_tensors_take_the_xpu_backend(monkeypatch, fake_mode):
     monkeypatch.setattr(core, "_resolved", {})
     monkeypatch.setattr(backends, "_BY_TYPE", {})
     assert backends.device_of(torch.device("xpu")).name == "xpu"
     assert core.resolve("rms_norm", "xpu").source in ("torch", "triton")
-    from torch._subclasses import FakeTensorMode
-
-    with FakeTensorMode():
+    with fake_mode():
         x, w = torch.empty(3, 8, device="xpu", dtype=torch.bfloat16), torch.empty(8, device="xpu", dtype=torch.bfloat16)
         core.set_impl("torch")
         try:
@@ -145,9 +152,7 @@ def test_xpu_tensors_take_the_xpu_backend(monkeypatch):
         assert (out.device.type, out.dtype, out.shape) == ("xpu", x.dtype, x.shape)
 
 
-def test_autocast_on_xpu_gives_the_dtypes_that_it_gives_on_a_cpu():
-    from torch._subclasses import FakeTensorMode
-
+def test_autocast_on_xpu_gives_the_dtypes_that_it_gives_on_a_cpu(fake_mode):
     def dtypes(device):
         x, weight, w = (torch.ones(shape, device=device) for shape in ((3, 8), (16, 8), (16,)))
         with torch.autocast(device, dtype=torch.bfloat16):
@@ -159,7 +164,7 @@ def test_autocast_on_xpu_gives_the_dtypes_that_it_gives_on_a_cpu():
     core.set_impl("torch")
     try:
         expected = dtypes("cpu")
-        with FakeTensorMode():
+        with fake_mode():
             assert dtypes("xpu") == expected
     finally:
         core.set_impl(None)

@@ -56,7 +56,8 @@ def installed(tmp_path_factory):
 def run(code, target, **environment):
     path = os.pathsep.join(map(str, (target, ROOT / "src", ROOT / "test")))
     done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "1"} | environment,
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} | environment,
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

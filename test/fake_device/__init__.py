@@ -12,9 +12,12 @@ import shutil
 import subprocess
 import sysconfig
 import types
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy
 import torch
+from packaging.version import Version
 
 SOURCE = Path(__file__).with_name("device.cpp")
 BUILT = Path(__file__).parents[2] / ".deps"  # kept between runs: building takes half a minute
@@ -22,7 +25,15 @@ BUILT = Path(__file__).parents[2] / ".deps"  # kept between runs: building takes
 
 def cannot_build() -> str | None:
     """Why the device cannot be had here, or None."""
-    return None if shutil.which("g++") else "building the fake device needs g++"
+    if not shutil.which("g++"):
+        return "building the fake device needs g++"
+    try:
+        interpreter = Version(version("triton"))
+    except PackageNotFoundError:
+        return None
+    if interpreter < Version("3.7") and Version(numpy.__version__) >= Version("2.4"):
+        return "the interpreter of Triton 3.6 turns arrays of one element into ints, which NumPy 2.4 refuses"
+    return None
 
 
 def build() -> Path:

@@ -67,6 +67,7 @@ def _forward_kernel(
         if not LOOP:
             u = _direction(Query, Norm, 0, N, BLOCK)
             out = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+            total = tl.zeros((ROWS, 1), dtype=tl.float32)
         for i in range(n_blocks):
             if LOOP:
                 squares = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
@@ -83,13 +84,15 @@ def _forward_kernel(
             logit = tl.sum(products, axis=1)[:, None] * rstd
             rstds = _put(rstds, i, rstd, BLOCKS)
             logits = _put(logits, i, logit, BLOCKS)
-            raised = tl.maximum(highest, logit)
-            if not LOOP:
-                out = out * tl.exp(highest - raised) + v * tl.exp(logit - raised)
-            highest = raised
+            if not LOOP:  # the largest weighs 1 exactly: a difference of logits may be contracted to one of products
+                lesser = tl.exp(-tl.abs(logit - highest))
+                kept = tl.where(logit > highest, lesser, 1.0)
+                weight = tl.where(logit > highest, 1.0, lesser)
+                out = out * kept + v * weight
+                total = total * kept + weight
+            highest = tl.maximum(highest, logit)
         weights = tl.exp(logits - highest)
-        total = tl.sum(weights, axis=1)[:, None]
-        alpha = weights / total
+        alpha = weights / tl.sum(weights, axis=1)[:, None]
         at = int64(tile) * ROWS + row + block.to(tl.int64) * R
         mask = (tile * ROWS + row < R) & (block < n_blocks)
         tl.store(Alpha + at, alpha, mask=mask)
