@@ -1,18 +1,20 @@
 """Time the loss kernel's configs, the head's pieces and its chunk sizes on this card, correctness first.
 
-    python -m benchmark.sweep_head [cross_entropy] [pieces] [head] [logprobs] [ignored]
+    python -m benchmark.sweep_head [cross_entropy] [pieces] [head] [logprobs] [ignored] [--peers DIR]
 
 cross_entropy: 8192x128256 and 8192x151936, with and without gradient, over launch configs. pieces: the ways to sum dW
 and to round the sum, one chunk's worth. head: the rows of the project's table, lean (dW summed in bf16), default (fp32)
 and without gradients, over chunk sizes, beside the same GEMMs alone. logprobs: forward and backward of per-token
-outputs. ignored: the head with 75 % of the labels ignored, host waiting or not. No number is printed for what differs
-from torch. All rows go to benchmark/results (or $OUT).
+outputs, beside TRL's where DIR has it. ignored: the head with 75 % of the labels ignored, host waiting or not. No
+number is printed for what differs from torch. All rows go to benchmark/results (or $OUT).
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
+import site
 import sys
 
 import torch
@@ -143,35 +145,56 @@ def sweep_pieces() -> list[dict]:
 
 
 def sweep_logprobs() -> list[dict]:
-    """Forward, and forward and backward, of per-token outputs; beside it plain torch where its logits fit."""
-    rows = []
+    """Forward, and forward and backward, of per-token log-probabilities and entropies, both differentiated."""
+    rows, trl = [], _trl()
     for n_rows, width, classes in SHAPES:
         h = torch.randn(n_rows, width, dtype=torch.bfloat16, device="cuda", requires_grad=True)
         w = (torch.randn(classes, width, device="cuda") / width**0.5).bfloat16().requires_grad_()
         y = torch.randint(0, classes, (n_rows,), device="cuda")
-        upstream = torch.randn(n_rows, device="cuda")
-
-        def ours(h=h, w=w, y=y, upstream=upstream):
-            h.grad = w.grad = None
-            liger_fused_linear_logprobs(h, w, y, return_entropy=True).log_prob.backward(upstream)
-
-        def forward(h=h, w=w, y=y):
-            with torch.no_grad():
-                liger_fused_linear_logprobs(h, w, y, return_entropy=True)
-
+        upstream = [torch.randn(n_rows, device="cuda") for _ in range(2)]
+        calls = {"ours": lambda h=h, w=w, y=y: _logprobs(h, w, y)}
+        if trl:
+            calls["trl"] = lambda h=h, w=w, y=y: trl(h, w, y)
+        first = [t[:512] for t in calls["ours"]()]
         floor = gemm_floor(h.detach(), w.detach(), 4096, True) + gemm_floor(h.detach(), w.detach(), 4096, False)
-        for mode, call in (("full", ours), ("no grad", forward)):
-            h.grad = w.grad = None
-            row = {"op": "logprobs", "shape": f"{n_rows}x{width}x{classes}", "mode": mode, "floor_ms": floor,
-                   "peak_mib": peak_extra_mib(call)}  # fmt: skip
-            h.grad = w.grad = None
-            row["ms"] = time_call(call, samples=10).median
-            rows.append(row)
-            print(f"logprobs {row['shape']} {mode:8} {row['ms']:7.2f} ms {row['peak_mib']:7.0f} MiB "
-                  f"(four GEMMs alone {floor:.2f} ms)")  # fmt: skip
-        del h, w, ours, forward, call
+        for name, call in calls.items():
+            off = max(relative(a[:512], b) for a, b in zip(call(), first))
+            assert off < 2e-2, f"{name} differs from ours by {off}"  # of logits in bf16
+
+            def full(call=call, h=h, w=w, upstream=upstream):
+                h.grad = w.grad = None
+                torch.autograd.backward(call(), upstream)
+
+            def forward(call=call):
+                with torch.no_grad():
+                    call()
+
+            for mode, run in (("full", full), ("no grad", forward)):
+                row = {"op": "logprobs", "shape": f"{n_rows}x{width}x{classes}", "peer": name, "mode": mode,
+                       "floor_ms": floor, "peak_mib": peak_extra_mib(run)}  # fmt: skip
+                h.grad = w.grad = None
+                row["ms"] = time_call(run, samples=10).median
+                h.grad = w.grad = None
+                rows.append(row)
+                print(f"logprobs {row['shape']} {name:5} {mode:8} {row['ms']:7.2f} ms {row['peak_mib']:7.0f} MiB "
+                      f"(four GEMMs alone {floor:.2f} ms)")  # fmt: skip
+        del h, w, calls, call, full, forward, run, first
         torch.cuda.empty_cache()
     return rows
+
+
+def _logprobs(h, w, y):
+    found = liger_fused_linear_logprobs(h, w, y, return_entropy=True)
+    return found.log_prob, found.entropy
+
+
+def _trl():
+    """TRL's head for per-token log-probabilities, with its trainers' chunk size; None where it is not installed."""
+    try:
+        from trl.kernels import ChunkedLogProbFunction
+    except ImportError:
+        return None
+    return lambda h, w, y: ChunkedLogProbFunction.apply(h, w, None, y, 1.0, 32768, None, 1.0, ("entropy",))[:2]
 
 
 def sweep_ignored() -> list[dict]:
@@ -251,9 +274,15 @@ SWEEPS = {"cross_entropy": sweep_cross_entropy, "pieces": sweep_pieces, "head": 
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweeps", nargs="*", choices=[*SWEEPS, []], default=[])
+    parser.add_argument("--peers", metavar="DIR", help="folder with TRL's package")
+    args = parser.parse_args()
+    if args.peers:
+        site.addsitedir(args.peers)
     check_head()
     rows = []
-    for name in sys.argv[1:] or SWEEPS:
+    for name in args.sweeps or SWEEPS:
         rows += SWEEPS[name]()
         torch.cuda.empty_cache()
     print(save(path_for("sweep_head", RESULTS), rows, ceilings()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-CONTENDERS = ("torch", "compile", "liger", "quack", "cce", "trl")
+CONTENDERS = ("torch", "compile", "liger", "quack", "cce", "trl", "lean")  # lean: ours, dW of the head summed in bf16
 MODES = ("full", "fwd")
 
 

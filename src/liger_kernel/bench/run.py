@@ -100,7 +100,7 @@ def of_op(op: str, line: str) -> bool:
 
 def compare(args, ops: list[str], names: list[str], base: str, until: float | None) -> list[dict]:
     """Time every contender, print and save; what is not done when time is up is left out."""
-    folders = {"base": base, "ours": "", "torch": "", "compile": ""}
+    folders = {"base": base, "ours": "", "lean": "", "torch": "", "compile": ""}
     jobs = [
         Job(name, ops, args.shapes, args.table, args.modes.split(","), args.samples,
             folders.get(name, str(args.peers.absolute()) if args.peers else ""), dtype())

@@ -429,7 +429,8 @@ def _cases(dtype, device):
 
 
 def _timed(dtype, device):
-    shapes = ((4096, 4096, 128256), (8192, 4096, 128256), (16384, 1024, 151936), (16384, 4096, 32000))
+    shapes = ((4096, 4096, 128256), (8192, 4096, 128256), (32768, 4096, 128256), (16384, 2048, 128256),
+              (16384, 1024, 151936), (16384, 4096, 32000))  # fmt: skip
     return {"x".join(map(str, s)): _case(*s, dtype, device, ignored=0.0) for s in shapes}
 
 
