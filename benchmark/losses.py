@@ -280,7 +280,7 @@ def main() -> int:
         if unknown := [g for g in given if g not in known]:
             parser.error(f"expected of {', '.join(known)}, got {', '.join(unknown)}")
     if args.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ.update(CUDA_VISIBLE_DEVICES="")
     sizes = {name: row._replace(**SMALL) if args.small else row for name, row in ROWS.items()}
     if args.contender:
         print("RESULT " + json.dumps(one(args.contender, sizes[args.row], args.peers)), flush=True)
