@@ -104,14 +104,25 @@ def heads(data: dict) -> list[str]:
 
 
 def losses(data: dict) -> list[str]:
-    sizes = f"{data['tokens']} tokens, hidden size {data['hidden']}, {data['classes']} classes"
-    lines = [f"## Losses over a fused head, {sizes}, bf16", ""]
-    lines += ["| loss | | ms | MiB |", "| --- | --- | ---: | ---: |"]
+    """A table for each size; files of one size say it once."""
+    groups: dict[str, list[dict]] = {}
     for r in data["rows"]:
-        measured = "failed | " if "failed" in r else f"{r['ms']:.1f} | {r.get('MiB') or ''}"
-        what = "its matrix products alone" if r["contender"] == "products" else r["contender"]
-        lines.append(f"| {r['loss']} | {what} | {measured} |")
-    return [*lines, "", data["note"][0].upper() + data["note"][1:] + "."] if "note" in data else lines
+        tokens = f"{r['batch']}x{r['seq']}" if "batch" in r else data["tokens"]
+        sizes = f"{tokens} tokens, hidden size {r.get('hidden') or data['hidden']}"
+        groups.setdefault(f"{sizes}, {r.get('classes') or data['classes']} classes", []).append(r)
+    lines = []
+    for sizes, rows in groups.items():
+        lines += [f"## Losses over a fused head, {sizes}, bf16", "", "| loss | | ms | MiB |"]
+        lines += ["| --- | --- | ---: | ---: |", *(_loss(r) for r in rows), ""]
+    return [*lines, data["note"][0].upper() + data["note"][1:] + "."] if "note" in data else lines[:-1]
+
+
+def _loss(r: dict) -> str:
+    what = "its matrix products alone" if r["contender"] == "products" else r["contender"]
+    what += " without its torch.compile, which failed" if r.get("compiled") is False else ""
+    if "ms" not in r:
+        return f"| {r['loss']} | {what} | {'out of memory' if 'out_of_memory' in r else 'failed'} |  |"
+    return f"| {r['loss']} | {what} | {r['ms']:.1f} | {r.get('MiB') or ''} |"
 
 
 KINDS = {"losses-": losses, "model-": models, "ops-": ops, "head-": heads}

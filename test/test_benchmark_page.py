@@ -35,3 +35,17 @@ def test_rows_that_failed_or_ran_out_of_memory_stand_in_the_tables(report):
     assert report.models({"rows": rows})[-2:] == [
         "| hf | 8 x 16 |  | | | out of memory |", "| liger | |  | | | failed |"
     ]  # fmt: skip
+
+
+def test_losses_stand_in_a_table_for_each_size(report):
+    long = {"loss": "grpo", "batch": 1, "seq": 64, "hidden": 8, "classes": 20}
+    row = {"loss": "dpo", "batch": 8, "seq": 16, "hidden": 8, "classes": 10, "contender": "ours", "ms": 1.25, "MiB": 3}
+    text = report.losses({"rows": [
+        row, row | {"contender": "liger", "compiled": False}, long | {"contender": "torch", "out_of_memory": True}
+    ]})  # fmt: skip
+    assert [line for line in text if line.startswith("## ")] == [
+        "## Losses over a fused head, 8x16 tokens, hidden size 8, 10 classes, bf16",
+        "## Losses over a fused head, 1x64 tokens, hidden size 8, 20 classes, bf16",
+    ]
+    assert "| dpo | ours | 1.2 | 3 |" in text and "| grpo | torch | out of memory |  |" in text
+    assert "| dpo | liger without its torch.compile, which failed | 1.2 | 3 |" in text

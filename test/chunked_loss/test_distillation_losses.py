@@ -156,6 +156,30 @@ def test_a_subclass_with_a_loss_of_its_own(given):
     assert_same(run, plain, given)
 
 
+@pytest.mark.parametrize("options", [{}, dict(softcap=2.0, logit_scale=0.3, temperature=2.0)], ids=str)
+def test_the_cosines_written_gradient_is_the_one_autograd_takes_of_its_hook(options, given):
+    """Also of logits that are all 0, which have no angle."""
+    given["bias"] = torch.zeros_like(given["bias"])
+    given["hidden"][1, 3] = 0.0
+    ours = chunked_loss.LigerFusedLinearCosineSimilarityLoss(return_soft_hard_loss=True, **options)
+
+    class Other(chunked_loss.cosine_similarity_loss.LigerFusedLinearCosineSimilarityFunction):
+        @staticmethod
+        def distillation_loss_fn(*args, **kwargs):
+            return super(Other, Other).distillation_loss_fn(*args, **kwargs)
+
+    def hook(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, target):
+        value, *parts = Other.apply(hidden, weight, teacher_hidden, teacher_weight, target, bias, teacher_bias, 0.5,
+                                    0.5, 0.5, -100, ours.temperature, True, 1024, True, ours.softcap,
+                                    ours.logit_scale)  # fmt: skip
+        return value, tuple(parts)
+
+    found = outcome(fused("cosine", **options), given, torch.float64)
+    autograds = outcome(hook, given, torch.float64)
+    for a, b in zip((found[0], *found[1], *found[2]), (autograds[0], *autograds[1], *autograds[2]), strict=True):
+        assert_close(a, b, "fp64", rtol=1e-12)  # some thousand roundings of fp64, of the largest value
+
+
 def test_inputs_that_do_not_fit_raise(given):
     for change, word in [
         (dict(teacher_weight=given["teacher_weight"][:50], teacher_bias=None), "classes"),

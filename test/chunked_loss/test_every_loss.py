@@ -24,9 +24,8 @@ COMPILED = [(dpo, "DPO", dict(loss_type=t)) for t in ("sigmoid", "bco_pair")]
 COMPILED += [(dpo, "DPO", dict(softcap=2.0, logit_scale=0.3))]
 COMPILED += [(grpo, "GRPO", dict(importance_sampling_level=level)) for level in ("token", "sequence")]
 COMPILED += [(preference, kind, {}) for kind in preference.KINDS]
-COMPILED += [(distillation, "JSD", {})]  # not yet the cosine: autograd is off inside a custom op
-COMPILED += [(distillation, "JSD", o) for o in (
-    dict(weight_soft_loss=0.0), dict(weight_hard_loss=0.2, temperature=2.0, softcap=2.0, teacher_logit_scale=0.3),
+COMPILED += [(distillation, kind, o) for kind in distillation.CLASSES for o in (
+    {}, dict(weight_soft_loss=0.0), dict(weight_hard_loss=0.2, temperature=2.0, softcap=2.0, teacher_logit_scale=0.3),
 )]  # fmt: skip
 
 

@@ -8,10 +8,11 @@ import torch
 
 from liger_kernel.chunked_loss.function import IGNORE_INDEX, row_loss
 from liger_kernel.ops import head, head_distill
-from liger_kernel.ops.core import wide
+from liger_kernel.ops.core import kernels, wide
 from liger_kernel.ops.fused_linear_jsd import check_heads
 from liger_kernel.ops.head_distill import Linear
-from liger_kernel.ops.row_loss import GradAware, check_target, is_early, logits_of, taken
+from liger_kernel.ops.row_loss import Given as Labels
+from liger_kernel.ops.row_loss import GradAware, check_target, empty_stats, is_early, logits_of, taken
 
 PLACES = (0, 1, 5)  # of the student's hidden states, weight and bias among apply's arguments
 SHARE = 8  # chunks are so many times smaller where autograd keeps fp32 copies of them
@@ -113,6 +114,19 @@ def solve(tensors, options, needs, factor=None):
         given.live, rows, 2, needs, dtype, share=getattr(rows, "share", 1),
     )  # fmt: skip
     return totals, (None if d_hidden is None else d_hidden.view(student_input.shape), *rest)
+
+
+def hard_rows(given: Given, x, at, wants_dx):
+    """(sum of the labels' losses of the rows x, their gradient in x's dtype or None); x stays as it is."""
+    hard, dx, weight = given.share.new_zeros(()), None, given.weights[1]
+    if given.wants_hard:
+        dx = torch.empty_like(x) if wants_dx and weight else None
+        norm = weight * given.factor if dx is not None else torch.ones_like(hard)
+        stats = empty_stats(x.shape[0], x.device, wide(x.dtype), ())
+        labels = Labels(given.target[at], norm=norm.expand(2).contiguous())
+        kernels("cross_entropy", x).forward(x, labels, given.hard, stats, dx)
+        hard = stats.loss.sum() / norm
+    return hard, dx
 
 
 def rows_by_autograd(cls, given: Given) -> head_distill.Rows:

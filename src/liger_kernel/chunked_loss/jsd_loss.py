@@ -11,11 +11,9 @@ from __future__ import annotations
 import torch
 
 from liger_kernel.chunked_loss.function import IGNORE_INDEX, Call
-from liger_kernel.chunked_loss.fused_linear_distillation import LigerFusedLinearDistillationBase
+from liger_kernel.chunked_loss.fused_linear_distillation import LigerFusedLinearDistillationBase, hard_rows
 from liger_kernel.ops import jsd
-from liger_kernel.ops.core import kernels, wide
-from liger_kernel.ops.row_loss import Given as RowGiven
-from liger_kernel.ops.row_loss import empty_stats
+from liger_kernel.ops.core import kernels
 
 
 class LigerFusedLinearJSDFunction(LigerFusedLinearDistillationBase):
@@ -35,16 +33,10 @@ class LigerFusedLinearJSDFunction(LigerFusedLinearDistillationBase):
         """In one pass over the logits, instead of autograd on copies of them."""
         if cls.distillation_loss_fn is not LigerFusedLinearJSDFunction.distillation_loss_fn:
             return super().rows_of(given)
-        beta, (soft_weight, hard_weight) = given.loss_kwargs["beta"], given.weights
+        beta, soft_weight = given.loss_kwargs["beta"], given.weights[0]
 
         def rows(x, y, at, wants_dx):
-            stats, dx, hard = empty_stats(x.shape[0], x.device, wide(x.dtype), ()), None, given.share.new_zeros(())
-            if given.wants_hard:
-                dx = torch.empty_like(x) if wants_dx and hard_weight else None
-                norm = hard_weight * given.factor if dx is not None else torch.ones_like(hard)
-                labels = RowGiven(given.target[at], norm=norm.expand(2).contiguous())
-                kernels("cross_entropy", x).forward(x, labels, given.hard, stats, dx)
-                hard = stats.loss.sum() / norm
+            hard, dx = hard_rows(given, x, at, wants_dx)
             soft = kernels("fused_linear_jsd", x).forward(
                 x, y, given.live[at], soft_weight * given.factor, beta, given.soft, given.teacher, wants_dx, dx
             )
