@@ -1,6 +1,6 @@
 """Time the loss kernel's configs, the head's pieces and its chunk sizes on this card, correctness first.
 
-    python -m benchmark.sweep_head [cross_entropy] [pieces] [head] [logprobs] [ignored] [--peers DIR]
+    python -m benchmark.sweep_head [cross_entropy] [pieces] [head] [logprobs] [ignored] [--peers DIR] [--small]
 
 cross_entropy: 8192x128256 and 8192x151936, with and without gradient, over launch configs. pieces: the ways to sum dW
 and to round the sum, one chunk's worth. head: the rows of the project's table, lean (dW summed in bf16), default (fp32)
@@ -20,7 +20,7 @@ import sys
 import torch
 
 from benchmark import RESULTS
-from liger_kernel.bench.measure import ceilings, path_for, peak_extra_mib, save, time_call, time_graph
+from liger_kernel.bench.measure import ceilings, device, path_for, peak_extra_mib, save, time_call, time_graph
 from liger_kernel.ops import head, row_loss, weight_sum
 from liger_kernel.ops.cross_entropy import liger_cross_entropy
 from liger_kernel.ops.fused_linear_cross_entropy import liger_fused_linear_cross_entropy
@@ -28,8 +28,9 @@ from liger_kernel.ops.fused_linear_scaled_cross_entropy import liger_fused_linea
 from liger_kernel.ops.kernels import cross_entropy as kernels
 from liger_kernel.ops.kernels import weight_sum as rounding
 
+DEVICE = device()
 SHAPES = ((4096, 4096, 128256), (8192, 4096, 128256), (16384, 2048, 128256), (16384, 1024, 151936),
-          (16384, 4096, 32000))  # fmt: skip
+          (16384, 4096, 32000), (32768, 4096, 128256))  # fmt: skip
 MODES = {"lean": torch.bfloat16, "default": None}
 CHUNK_ROWS = (1024, 2048, 4096)
 CONFIGS = [kernels.Config(warps * 32 * unroll, 8, warps) for warps in (8, 16, 32) for unroll in (1, 2, 4)]  # fmt: skip
@@ -41,9 +42,9 @@ def relative(ours, truth):
 
 def check_head() -> None:
     """Loss and gradients of a small head against torch in fp64, by several chunks, on this card."""
-    x = torch.randn(512, 256, dtype=torch.bfloat16, device="cuda", requires_grad=True)
-    w = (torch.randn(5000, 256, device="cuda") / 16).bfloat16().requires_grad_()
-    y = torch.randint(0, 5000, (512,), device="cuda")
+    x = torch.randn(512, 256, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    w = (torch.randn(5000, 256, device=DEVICE) / 16).bfloat16().requires_grad_()
+    y = torch.randint(0, 5000, (512,), device=DEVICE)
     y[::7] = -100
     wide = [t.detach().double().requires_grad_() for t in (x, w)]
     truth = torch.nn.functional.cross_entropy(torch.nn.functional.linear(*wide), y)
@@ -52,7 +53,7 @@ def check_head() -> None:
     errors = [relative(g, t) for g, t in zip(torch.autograd.grad(ours, (x, w)), truths)]
     assert abs(ours.item() - truth.item()) < 1e-2 and max(errors) < 2e-2, (ours.item(), truth.item(), errors)
     print(f"head against fp64: loss {ours.item() - truth.item():+.1e}, gradients {errors[0]:.1e} {errors[1]:.1e}; "
-          f"GEMM with fp32 result: {weight_sum.widens('cuda', torch.bfloat16, torch.float32)}")  # fmt: skip
+          f"GEMM with fp32 result: {weight_sum.widens(DEVICE.type, torch.bfloat16, torch.float32)}")  # fmt: skip
 
 
 def sweep_cross_entropy() -> list[dict]:
@@ -60,8 +61,8 @@ def sweep_cross_entropy() -> list[dict]:
 
 
 def cross_entropy_at(n_classes: int) -> list[dict]:
-    x = (torch.randn(8192, n_classes, dtype=torch.bfloat16, device="cuda") * 3).requires_grad_()
-    y = torch.randint(0, n_classes, (8192,), device="cuda")
+    x = (torch.randn(8192, n_classes, dtype=torch.bfloat16, device=DEVICE) * 3).requires_grad_()
+    y = torch.randint(0, n_classes, (8192,), device=DEVICE)
     loss = row_loss.RowLoss()
     given = row_loss.prepare(y, loss, x)
     plain = x.detach()
@@ -107,10 +108,10 @@ def sweep_pieces() -> list[dict]:
     """One chunk's dW, and the rounding of the sum, in milliseconds."""
     rows = []
     for n_rows, width, classes in ((2048, 4096, 128256), (1664, 1024, 151936)):
-        a = torch.randn(n_rows, head.pitch(classes), dtype=torch.bfloat16, device="cuda")[:, :classes].t()
-        b = torch.randn(n_rows, width, dtype=torch.bfloat16, device="cuda")
-        wide, narrow = (torch.zeros(classes, width, dtype=d, device="cuda") for d in (torch.float32, torch.bfloat16))
-        left, right = (torch.zeros(classes, width // 2, device="cuda") for _ in range(2))
+        a = torch.randn(n_rows, head.pitch(classes), dtype=torch.bfloat16, device=DEVICE)[:, :classes].t()
+        b = torch.randn(n_rows, width, dtype=torch.bfloat16, device=DEVICE)
+        wide, narrow = (torch.zeros(classes, width, dtype=d, device=DEVICE) for d in (torch.float32, torch.bfloat16))
+        left, right = (torch.zeros(classes, width // 2, device=DEVICE) for _ in range(2))
         top, bottom = wide[: classes // 2], wide[classes // 2 :]
         ways = {"narrow": [narrow], "wide": [wide], "wide in 2 column halves": [left, right]}
         calls = {f"{name}, {'first' if first else 'further'}": functools.partial(
@@ -127,9 +128,9 @@ def sweep_pieces() -> list[dict]:
         calls["round: torch slabs"] = functools.partial(weight_sum.narrow, left, right, torch.bfloat16)
         calls["round: one copy to other memory"] = functools.partial(narrow.copy_, wide)
         calls["allocate and free the halves"] = lambda c=classes, w=width: [
-            torch.empty(c, w // 2, device="cuda") for _ in range(2)
+            torch.empty(c, w // 2, device=DEVICE) for _ in range(2)
         ]
-        sample = torch.randn(classes, width, device="cuda")
+        sample = torch.randn(classes, width, device=DEVICE)
         left.copy_(sample[:, : width // 2]), right.copy_(sample[:, width // 2 :])
         rounding.narrow(left, right, torch.bfloat16)
         assert torch.equal(left.view(torch.bfloat16), sample.bfloat16()), "the sum is not rounded in place"
@@ -148,10 +149,10 @@ def sweep_logprobs() -> list[dict]:
     """Forward, and forward and backward, of per-token log-probabilities and entropies, both differentiated."""
     rows, trl = [], _trl()
     for n_rows, width, classes in SHAPES:
-        h = torch.randn(n_rows, width, dtype=torch.bfloat16, device="cuda", requires_grad=True)
-        w = (torch.randn(classes, width, device="cuda") / width**0.5).bfloat16().requires_grad_()
-        y = torch.randint(0, classes, (n_rows,), device="cuda")
-        upstream = [torch.randn(n_rows, device="cuda") for _ in range(2)]
+        h = torch.randn(n_rows, width, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+        w = (torch.randn(classes, width, device=DEVICE) / width**0.5).bfloat16().requires_grad_()
+        y = torch.randint(0, classes, (n_rows,), device=DEVICE)
+        upstream = [torch.randn(n_rows, device=DEVICE) for _ in range(2)]
         calls = {"ours": lambda h=h, w=w, y=y: _logprobs(h, w, y)}
         if trl:
             calls["trl"] = lambda h=h, w=w, y=y: trl(h, w, y)
@@ -200,11 +201,11 @@ def _trl():
 def sweep_ignored() -> list[dict]:
     rows = []
     for n_rows, width, classes in SHAPES[1:4:2]:
-        h = torch.randn(n_rows, width, dtype=torch.bfloat16, device="cuda", requires_grad=True)
-        w = (torch.randn(classes, width, device="cuda") / width**0.5).bfloat16().requires_grad_()
+        h = torch.randn(n_rows, width, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+        w = (torch.randn(classes, width, device=DEVICE) / width**0.5).bfloat16().requires_grad_()
         for share in (0.0, 0.5, 0.75):
-            y = torch.randint(0, classes, (n_rows,), device="cuda")
-            y[torch.rand(n_rows, device="cuda") < share] = -100
+            y = torch.randint(0, classes, (n_rows,), device=DEVICE)
+            y[torch.rand(n_rows, device=DEVICE) < share] = -100
             for wait in ("1", "0"):
                 os.environ[head.SYNC_ENV] = wait
                 call = functools.partial(step, h, w, y, "default", None)
@@ -219,7 +220,7 @@ def sweep_ignored() -> list[dict]:
 
 def gemm_floor(h, w, rows: int, gradients: bool) -> float:
     """The head's products alone, in chunks of `rows`, dW in bf16."""
-    chunk = torch.randn(rows, w.shape[0], dtype=h.dtype, device="cuda")
+    chunk = torch.randn(rows, w.shape[0], dtype=h.dtype, device=DEVICE)
     dh, dw = torch.empty_like(h), torch.empty_like(w)
 
     def call():
@@ -246,9 +247,9 @@ def step(h, w, y, mode: str, budget: int | None):
 def sweep_head() -> list[dict]:
     rows = []
     for n_rows, width, classes in SHAPES:
-        h = torch.randn(n_rows, width, dtype=torch.bfloat16, device="cuda", requires_grad=True)
-        w = (torch.randn(classes, width, device="cuda") / width**0.5).bfloat16().requires_grad_()
-        y = torch.randint(0, classes, (n_rows,), device="cuda")
+        h = torch.randn(n_rows, width, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+        w = (torch.randn(classes, width, device=DEVICE) / width**0.5).bfloat16().requires_grad_()
+        y = torch.randint(0, classes, (n_rows,), device=DEVICE)
         shape = f"{n_rows}x{width}x{classes}"
         floors = {g: gemm_floor(h.detach(), w.detach(), 4096, g) for g in (True, False)}
         print(f"{shape}: GEMM floor in 4096-row chunks {floors[True]:.1f} ms, no grad {floors[False]:.1f} ms")
@@ -277,7 +278,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", nargs="*", choices=[*SWEEPS, []], default=[])
     parser.add_argument("--peers", metavar="DIR", help="folder with TRL's package")
+    parser.add_argument("--small", action="store_true", help="head, logprobs and ignored on tiny shapes: a dry run")
     args = parser.parse_args()
+    if args.small:
+        global SHAPES
+        SHAPES = ((300, 64, 500),) * 5
     if args.peers:
         site.addsitedir(args.peers)
     check_head()
@@ -285,7 +290,8 @@ def main() -> int:
     for name in args.sweeps or SWEEPS:
         rows += SWEEPS[name]()
         torch.cuda.empty_cache()
-    print(save(path_for("sweep_head", RESULTS), rows, ceilings()))
+    if not args.small:
+        print(save(path_for("sweep_head", RESULTS), rows, ceilings()))
     return 1 if any("failed" in r for r in rows) else 0
 
 

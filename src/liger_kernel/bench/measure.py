@@ -88,10 +88,19 @@ def time_graph(call: Callable[[], object], samples: int = SAMPLES) -> Timing | N
             call()
     except Exception:
         synchronize()
+        _leave_capture()
         return None
     graph.replay()
     synchronize()
     return _with_events(graph.replay, samples)
+
+
+def _leave_capture() -> None:
+    """A capture that failed leaves the device's random generator in it, where it would refuse to make the next case."""
+    generators = getattr(_module(), "default_generators", ())
+    if generators and hasattr(torch.Generator, "graphsafe_set_state"):
+        fresh = torch.Generator(device=device())
+        generators[_module().current_device()].graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 def _with_events(call, samples: int) -> Timing:
