@@ -151,7 +151,7 @@ def ceilings(samples: int = SAMPLES) -> dict[str, object]:
     copy = 2 * x.numel() * x.element_size() / time_call(lambda: y.copy_(x), samples).median / 1e9
     a, b = (torch.randn(size, size, dtype=dtype, device=device()) for _ in range(2))
     gemm = 2 * size**3 / time_call(lambda: a @ b, samples).median / 1e9
-    found: dict[str, object] = {"copy_TB_s": round(copy, 3), "gemm_TFLOP_s": round(gemm, 1)}
+    found: dict[str, object] = {"copy_TB_s": float(f"{copy:.4g}"), "gemm_TFLOP_s": float(f"{gemm:.4g}")}
     if not on_cpu:
         found["clocks_under_load"] = _clocks_while(lambda: a @ b)
     return found
