@@ -34,7 +34,6 @@ PASSES = [
     "expand-strided-metadata",
     "lower-affine",
     "convert-scf-to-cf",
-    "convert-cf-to-llvm",
     "convert-math-to-llvm",
     "convert-math-to-libm",
     "arith-expand=include-bf16=true",
@@ -43,7 +42,7 @@ PASSES = [
     "convert-vector-to-llvm",
     "convert-index-to-llvm",
     "finalize-memref-to-llvm",
-    "convert-func-to-llvm",
+    "convert-func-to-llvm",  # branches too, and the tensors they carry, which convert-cf-to-llvm would not
     "convert-arith-to-llvm",
     "reconcile-unrealized-casts",
 ]

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from liger_kernel.backends import ascend
 from liger_kernel.ops import core
 from test_contract import OPS
 
 ROOT = Path(__file__).parents[2]
-TRITON = [op for op in OPS if core._has_triton_pair(op) and op not in ascend.BACKEND.plain]
+TRITON = [op for op in OPS if core._has_triton_pair(op)]
 
 
 @pytest.mark.parametrize("op", TRITON)

@@ -88,7 +88,6 @@ class Backend:
     launch: Mapping[str, object] = field(default_factory=dict)  # extra keywords of every kernel launch
     default: bool = True  # False: only where LIGER_KERNEL_IMPL names it
     overrides: Mapping[str, str] = field(default_factory=dict)  # op -> module that defines KERNELS
-    plain: Mapping[str, str] = field(default_factory=dict)  # op -> why its Triton kernels do not run here
 
     def max_block(self, live: int) -> int:
         """Largest power of two of elements per row block when `live` fp32 tiles of that size exist at once."""

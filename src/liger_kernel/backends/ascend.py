@@ -43,5 +43,4 @@ BACKEND = Backend(
     arch=lambda device: torch.get_device_module("npu").get_device_name(device),
     driver=lambda device: str(getattr(torch.version, "cann", "unknown")),
     comm="hccl",
-    plain={"mhc_coeffs": "Huawei's compiler fails at the backward's product for a 950"},
 )

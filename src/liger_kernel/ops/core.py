@@ -135,7 +135,7 @@ def resolve(op: str, device_type: str, impl: str | None = None) -> Resolution:
 
 
 def _triton(op: str, backend: backends.Backend, why: str, forced: bool) -> Resolution:
-    reason = backend.why_no_triton() or backend.plain.get(op)
+    reason = backend.why_no_triton()
     if reason is None and not _has_triton_pair(op):
         reason = "the op has no Triton kernels"
     if reason is None and not forced and backend.name == "cpu":
@@ -253,6 +253,6 @@ def available_impls(op: str, device: torch.device | str | None = None) -> list[s
     """Names that `set_impl` would accept for `op` on `device` (default: this process's accelerator, else the CPU)."""
     backend = backends.device_of(torch.device(device)) if device is not None else backends.current()
     names = [backend.name] if op in backend.overrides else []
-    if backend.why_no_triton() is None and _has_triton_pair(op) and op not in backend.plain:
+    if backend.why_no_triton() is None and _has_triton_pair(op):
         names.append("triton")
     return [*names, "torch"]
