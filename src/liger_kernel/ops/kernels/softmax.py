@@ -122,13 +122,23 @@ def _choose(rows, cols, device, live):
     return replace(tiles, programs=min(tiles.programs, device_of(device).cores(device)))
 
 
+def _choose_forward(rows, cols, x):
+    tiles, backend = _choose(rows, cols, x.device, live=2), device_of(x.device)
+    lanes = tiles.num_warps * backend.warp_width
+    if tiles.loop or not backend.threads or x.element_size() > 2 or tiles.rows * tiles.block < 32 * lanes:
+        return tiles
+    # Such a program fills a core, and the memory rests while it computes unless the next row is under way: 3.13 TB/s
+    # against 3.80 (H200 bf16, 8192x32768, sweep 2026-11-29).
+    return replace(tiles, programs=min(tiles.programs, backend.cores(x.device)), prefetch=True)
+
+
 def softmax_forward(x, tiles=None):
     """x: (..., N) contiguous -> y like x."""
     rows, cols = as_rows(x)
     y = torch.empty_like(x)
     if not x.numel():
         return y
-    tiles = tiles or _choose(rows, cols, x.device, live=2)
+    tiles = tiles or _choose_forward(rows, cols, x)
     if tiles.loop:
         vec = 16 // x.element_size() if device_of(x.device).threads else tiles.block
         _launch(_forward_walk_kernel, tiles, x.device, x, y, rows, cols, BLOCK=tiles.block, VEC=vec)
