@@ -105,3 +105,23 @@ def test_the_ops_of_a_compiled_loss_pass_opcheck(module, kind, options, device):
         args = [a.detach().clone().requires_grad_(first and a.requires_grad) if isinstance(a, torch.Tensor) else a
                 for a in args]  # fmt: skip
         torch.library.opcheck(func, tuple(args))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("module, kind, options", COMPILED, ids=str)
+def test_the_host_never_waits_for_the_device(module, kind, options, device):
+    run, _, given = traced(module, kind, options, device)
+    inputs = leaves(given, torch.bfloat16)
+
+    def step():
+        loss, _ = run(**inputs)
+        return torch.autograd.grad(loss, [inputs[name] for name in ("hidden", "weight", "bias")])
+
+    step()  # kernels are built
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -8,7 +8,7 @@ from chunked_loss import test_grpo_loss as grpo
 from chunked_loss import test_preference_losses as preference
 from chunked_loss.test_call_arguments import DISTILLED, KINDS, cases, formula, fused
 
-from support_losses import BUDGETS, assert_same, outcome
+from support_losses import BUDGETS, assert_same, outcome, token_logps
 
 PER_TOKEN = {"hidden", "ref_hidden", "teacher_hidden", "target", "nll_target", "ids", "mask", "old", "ref", "vllm"}
 
@@ -18,6 +18,9 @@ LOSSES += [("GRPO", dict(loss_type=t, importance_sampling_level=level, max_compl
            for t, level in grpo.KINDS]  # fmt: skip
 LOSSES += [("CPO", dict(average_log_prob=True)), ("KTO", dict(average_log_prob=True))]
 LOSSES += [(kind, {}) for kind in KINDS if kind not in ("DPO", "GRPO")]
+
+# fp32 sums of 131072 and 262144 terms in a product: its square root of roundings is 3e-5, and blocks differ in theirs.
+LONG_SUM = 1e-4
 
 
 def cut(given, columns):
@@ -86,6 +89,53 @@ def test_a_batch_of_no_sequence_has_a_loss_of_zero_and_no_gradient(kind, options
         loss, metrics, grads = outcome(fused(kind, **options), given, torch.float32)
         assert loss == 0 and all(value.isfinite().all() for value in metrics)
         assert not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_views_as_trainers_pass_them(kind, device):
+    """Hidden states without their last position, labels without their first: contiguous in no dimension."""
+    for case in cases(kind, device):
+        plain = outcome(fused(kind), case, torch.float32)
+        wide = {k: torch.cat((v, v[:, :1]), dim=1) for k, v in case.items() if k in PER_TOKEN and v is not None}
+        wide |= {"mask": wide["mask"].bool()} if "mask" in wide else {}
+        leaf = wide["hidden"].requires_grad_()
+        cut = {k: v[:, :-1] for k, v in wide.items()}
+        assert not any(v.is_contiguous() for v in cut.values())
+        loss, metrics = fused(kind)(**(case | cut))
+        (grad,) = torch.autograd.grad(loss * 1.7, leaf)
+        for ours, other in zip((loss.detach(), *metrics), (plain[0], *plain[1]), strict=True):
+            torch.testing.assert_close(ours, other)
+        torch.testing.assert_close(grad[:, :-1], plain[2][0])
+        assert not grad[:, -1].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vocabulary_of_262144(kind, device):
+    for case in cases(kind, device):
+        narrow = cut(case, slice(3, 5))
+        for name, value in narrow.items():
+            if name.endswith(("weight", "bias")):
+                narrow[name] = torch.randn(262144, *value.shape[1:], device=device)
+        narrow[("target", "ids")["ids" in narrow]][-1, 0] = 262143
+        if "mask" in narrow:  # the policies before are not far from this one
+            logps = token_logps(*(narrow[k] for k in ("hidden", "weight", "bias", "ids")), narrow["mask"] != 0)[0]
+            narrow["old"] = logps - 0.1
+            narrow["ref"] = None if narrow["ref"] is None else logps + 0.1
+        assert_same(fused(kind), formula(kind), narrow, rtol=LONG_SUM)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_grpo_over_131072_tokens(level, device, monkeypatch):
+    """One completion, in several chunks."""
+    monkeypatch.setenv("LIGER_KERNEL_WORKSPACE_MB", "1")
+    given = {"hidden": torch.randn(1, 131072, 4), "weight": torch.randn(13, 4), "bias": torch.randn(13)}
+    given |= {"ids": torch.randint(0, 13, (1, 131072)), "advantages": torch.tensor([1.3])}
+    given["mask"] = torch.ones_like(given["ids"])
+    given = {k: v.to(device) for k, v in given.items()}
+    given["old"] = token_logps(*(given[k] for k in ("hidden", "weight", "bias", "ids")), given["mask"] != 0)[0]
+    given["old"] = given["old"] + 0.1 * torch.randn_like(given["old"])
+    options = dict(beta=0.0, importance_sampling_level=level)
+    assert_same(fused("GRPO", **options), formula("GRPO", **options), given, rtol=LONG_SUM)
 
 
 @pytest.mark.parametrize("average", [False, True])

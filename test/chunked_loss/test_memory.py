@@ -4,9 +4,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
-from chunked_loss.test_call_arguments import fused
+from chunked_loss.test_call_arguments import KINDS, cases, fused
+from chunked_loss.test_lengths import labels, without
 from liger_kernel.ops import head, head_distill, head_groups
+
+from support_losses import outcome
 
 BUDGET = 2**18
 CLASSES, WIDTH = 512, 8
@@ -67,3 +71,21 @@ def test_no_chunk_of_logits_exceeds_the_budget_however_long_a_completion(kind, o
         assert given["hidden"].grad.isfinite().all() and given["hidden"].grad.any()
         most.append(max(chunks))
     assert most[0] == most[1]
+
+
+def flops(kind, given):
+    with FlopCounterMode(display=False) as counter:
+        outcome(fused(kind), given, torch.float32)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masked_tokens_cost_nothing(kind):
+    """On a CPU, where it costs nothing to know which are."""
+    given = cases(kind, torch.device("cpu"))[0]
+    name, nothing = labels(given)
+    given[name] = given[name].where(given[name] != nothing, 1 if name == "mask" else 9)
+    four, every = torch.arange(7).expand(given[name].shape) < 4, torch.ones(given[name].shape, dtype=torch.bool)
+    # 3 of 7; the cosine's chunks here are of one row, whose outer products are not all counted
+    assert flops(kind, without(given, four)) <= (0.45 if kind == "CosineSimilarity" else 3 / 7) * flops(kind, given)
+    assert flops(kind, without(given, every)) == 0
