@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
 from liger_kernel.chunked_loss.grpo_loss import CLIPPED, LOSS_TYPES
 
 from support_losses import BUDGETS, assert_as_good_as_torch, assert_same, outcome, token_logps
@@ -224,6 +225,38 @@ def test_any_split_of_the_batch_gives_the_same_gradients(kind, given):
         parts.append(outcome(run, part | {"items": tokens}, torch.float32))
     torch.testing.assert_close(sum(p[0] for p in parts), whole[0])
     torch.testing.assert_close(sum(p[2][1] for p in parts), whole[2][1])
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_subclass_with_a_loss_of_its_own(budget, given, monkeypatch):
+    """As upstream's class is subclassed: the hook on completions, forward over the base's, a static backward."""
+    monkeypatch.setenv("LIGER_KERNEL_WORKSPACE_MB", BUDGETS[budget])
+
+    class Reinforce(LigerFusedLinearPPOBase):
+        @staticmethod
+        def ppo_loss_fn(per_token_logps, attention_mask, advantages, full_attention_mask, **options):
+            sums = (per_token_logps * attention_mask).sum(-1)
+            return -(sums * advantages).sum() / full_attention_mask.shape[0], [sums.detach().sum()]
+
+        @classmethod
+        def forward(cls, ctx, _input, weight, selected_token_ids, attention_mask, advantages, bias=None):
+            return super().forward(
+                cls=cls, ctx=ctx, _input=_input, weight=weight, selected_token_ids=selected_token_ids,
+                attention_mask=attention_mask, advantages=advantages, bias=bias, beta=0.0,
+            )  # fmt: skip
+
+        @staticmethod
+        def backward(ctx, *grad_output):
+            return LigerFusedLinearPPOBase.backward(ctx, grad_output)[:6]
+
+    def plain(hidden, weight, bias, ids, mask, advantages):
+        sums = token_logps(hidden, weight, bias, ids, mask != 0)[0].sum(-1)
+        return -(sums * advantages).mean(), (sums.sum(),)
+
+    def run(hidden, weight, bias, ids, mask, advantages):
+        return Reinforce.apply(hidden, weight, ids, mask, advantages, bias)
+
+    assert_same(run, plain, {k: v for k, v in given.items() if k not in ("old", "ref")})
 
 
 def test_options_that_cannot_be_honoured_raise():

@@ -5,6 +5,7 @@ import torch
 
 from liger_kernel import chunked_loss
 from liger_kernel.chunked_loss.fused_linear_preference import LigerFusedLinearPreferenceBase
+from liger_kernel.chunked_loss.fused_linear_unpaired_preference import LigerFusedLinearUnpairedPreferenceBase
 
 from support_losses import BUDGETS, assert_as_good_as_torch, assert_same, outcome, token_logps
 
@@ -242,3 +243,38 @@ def test_a_subclass_with_a_loss_of_its_own(device):
         return Hinge.apply(hidden, weight, target, bias, 2.0)
 
     assert_same(run, formula, case("CPO", device))
+
+
+def test_a_subclass_of_unpaired_sequences(device):
+    class Logistic(LigerFusedLinearUnpairedPreferenceBase):
+        @staticmethod
+        def preference_loss_fn(log_prob_chunk, preference_labels_chunk, full_target, ref_log_prob_chunk=None, beta=0.1):
+            sign = torch.where(preference_labels_chunk, 1.0, -1.0)
+            gap = log_prob_chunk - ref_log_prob_chunk
+            return -torch.nn.functional.logsigmoid(beta * sign * gap).sum() / full_target.shape[0], gap.detach().sum()
+
+        @classmethod
+        def forward(cls, ctx, _input, weight, target, preference_labels, bias, ref_input, ref_weight, ref_bias, beta):
+            return super().forward(
+                cls=cls, ctx=ctx, _input=_input, weight=weight, target=target, preference_labels=preference_labels,
+                bias=bias, use_ref_model=True, ref_input=ref_input, ref_weight=ref_weight, ref_bias=ref_bias, beta=beta,
+            )  # fmt: skip
+
+        @staticmethod
+        def backward(ctx, *grad_output):
+            return *LigerFusedLinearUnpairedPreferenceBase.backward(ctx, grad_output)[:5], *[None] * 4
+
+    def formula(hidden, weight, bias, target, labels, ref_hidden, ref_weight, ref_bias):
+        live = target != -100
+        tokens, z = token_logps(hidden, weight, bias, target, live)
+        logps, ref = tokens.sum(-1), token_logps(ref_hidden, ref_weight, ref_bias, target, live)[0].sum(-1)
+        sign, logits = torch.where(labels, 1.0, -1.0), (z.sum(-1) * live).sum(-1)
+        loss = -log_sigmoid(0.3 * sign * (logps - ref)).mean()
+        return loss, (*(v[m].sum() for v in (logps, logits) for m in (labels, ~labels)), (logps - ref).sum())
+
+    def run(hidden, weight, bias, target, labels, ref_hidden, ref_weight, ref_bias):
+        return Logistic.apply(hidden, weight, target, labels, bias, ref_hidden, ref_weight, ref_bias, 0.3)
+
+    given = case("KTO", device)
+    del given["kl"]
+    assert_same(run, formula, given)
