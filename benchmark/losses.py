@@ -202,12 +202,19 @@ def holding(package: str, folders: list[Path]) -> Path | None:
     return next((folder.resolve() for folder in folders if (folder / package).is_dir()), None)
 
 
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # sources without what an installation writes beside them
+        return "unknown"
+
+
 def liger(row: Row, folders: list[Path]) -> dict:
     folder = holding("liger_kernel", folders)
     if folder is None:
         raise SystemExit("--against liger: no folder of --peers has a liger_kernel")
     peers.take_from(folder)
-    found = {"version": importlib.metadata.version("liger_kernel")}
+    found = {"version": version("liger_kernel")}
     try:
         return measured(row, module(row.loss)) | found
     except Exception as error:
@@ -220,7 +227,7 @@ def trl(row: Row, folders: list[Path]) -> dict:
     if folder is None:
         raise SystemExit("--against trl: no folder of --peers has a trl")
     sys.path.insert(0, str(folder))
-    return measured(row, formula(row.loss, trls(row.loss))) | {"version": importlib.metadata.version("trl")}
+    return measured(row, formula(row.loss, trls(row.loss))) | {"version": version("trl")}
 
 
 def compiled(row: Row) -> dict:

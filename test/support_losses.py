@@ -61,3 +61,16 @@ def assert_same(run, formula, given, rtol=FP32):
 
 # MiB for the logits of the cases here, and what they lead to.
 BUDGETS = {"one group": "", "several groups": "0.02", "nothing fits": "0.0001"}
+
+
+# A rounding of the result, of the largest value.
+SLACK = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def assert_as_good_as_torch(run, formula, given, dtype, floor=0.0):
+    """Loss, metrics and gradients in a dtype are as near the formula's in fp64 as the formula's in that dtype."""
+    truth = outcome(formula, given, torch.float64)
+    ours, torchs = outcome(run, given, dtype), outcome(formula, given, dtype)
+    for o, t, r in zip(*((value[0], *value[1], *value[2]) for value in (ours, torchs, truth)), strict=True):
+        error, own = (o.double() - r).abs().max(), (t.double() - r).abs().max()
+        assert error <= own + SLACK[dtype] * max(r.abs().max(), floor), f"{error:.2e}, torch's own {own:.2e}"

@@ -8,7 +8,7 @@ import torch
 from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 from liger_kernel.chunked_loss.dpo_loss import LOSSES
 
-from support_losses import BUDGETS, assert_same, token_logps
+from support_losses import BUDGETS, assert_as_good_as_torch, assert_same, token_logps
 
 SMOOTHING = {"exo_pair": 0.1, "robust": 0.1}
 
@@ -135,6 +135,14 @@ def test_log_probabilities_of_the_reference_in_its_place(given):
     given |= dict(ref_chosen_logps=torch.randn(3) - 9, ref_rejected_logps=torch.randn(3) - 9)
     given = {k: v.to(given["hidden"].device) for k, v in given.items()}
     assert_same(fused(), formula(), given)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_sixteen_bits_as_good_as_torch(loss_type, dtype, given):
+    given = {k: v.to(dtype) if v.is_floating_point() else v for k, v in given.items()}
+    options = dict(loss_type=loss_type, label_smoothing=SMOOTHING.get(loss_type, 0.0), compute_nll_loss=True)
+    assert_as_good_as_torch(fused(**options), formula(**options), given, dtype)
 
 
 def test_options_that_cannot_be_honoured_raise():

@@ -5,8 +5,9 @@ import torch
 
 from liger_kernel import chunked_loss
 from liger_kernel.chunked_loss.fused_linear_preference import LigerFusedLinearPreferenceBase
+from liger_kernel.chunked_loss.fused_linear_unpaired_preference import LigerFusedLinearUnpairedPreferenceBase
 
-from support_losses import BUDGETS, assert_same, outcome, token_logps
+from support_losses import BUDGETS, assert_as_good_as_torch, assert_same, outcome, token_logps
 
 
 def log_sigmoid(x):
@@ -184,32 +185,12 @@ def test_masked_tokens_sequences_and_batches(kind, device):
     assert loss.isfinite() and not any(g.any() for g in grads)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_views_as_trainers_pass_them(kind, device):
-    """Hidden states without their last position, and labels without their first: contiguous in no dimension."""
-    given = case(kind, device)
-    plain = outcome(fused(kind), given, torch.float32)
-    wide = {k: torch.cat((v, v[:, :1]), dim=1) for k, v in given.items() if k in ("hidden", "ref_hidden", "target")}
-    leaf = wide["hidden"].requires_grad_()
-    cut = {k: v[:, :-1] for k, v in wide.items()}
-    loss, _ = fused(kind)(**(given | cut))
-    (grad,) = torch.autograd.grad(loss * 1.7, leaf)
-    torch.testing.assert_close(loss.detach(), plain[0])
-    torch.testing.assert_close(grad[:, :-1], plain[2][0])
-    assert not grad[:, -1].any()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_sixteen_bits_as_good_as_torch(kind, dtype, device):
     given = case(kind, device)
     given = {k: v.to(dtype) if v.is_floating_point() and k != "kl" else v for k, v in given.items()}
-    truth = outcome(KINDS[kind](), given, torch.float64)
-    ours, torchs = outcome(fused(kind), given, dtype), outcome(KINDS[kind](), given, dtype)
-    slack = {torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]  # a rounding of the result, of the largest value
-    for o, t, r in zip((ours[0], *ours[2]), (torchs[0], *torchs[2]), (truth[0], *truth[2]), strict=True):
-        error, own = (o.double() - r).abs().max(), (t.double() - r).abs().max()
-        assert error <= own + slack * r.abs().max(), f"{error:.2e}, torch's own {own:.2e}"
+    assert_as_good_as_torch(fused(kind), KINDS[kind](), given, dtype)
 
 
 def test_gradients_of_what_needs_none_are_not_made(device):
@@ -262,3 +243,38 @@ def test_a_subclass_with_a_loss_of_its_own(device):
         return Hinge.apply(hidden, weight, target, bias, 2.0)
 
     assert_same(run, formula, case("CPO", device))
+
+
+def test_a_subclass_of_unpaired_sequences(device):
+    class Logistic(LigerFusedLinearUnpairedPreferenceBase):
+        @staticmethod
+        def preference_loss_fn(log_prob_chunk, preference_labels_chunk, full_target, ref_log_prob_chunk=None, beta=0.1):
+            sign = torch.where(preference_labels_chunk, 1.0, -1.0)
+            gap = log_prob_chunk - ref_log_prob_chunk
+            return -torch.nn.functional.logsigmoid(beta * sign * gap).sum() / full_target.shape[0], gap.detach().sum()
+
+        @classmethod
+        def forward(cls, ctx, _input, weight, target, preference_labels, bias, ref_input, ref_weight, ref_bias, beta):
+            return super().forward(
+                cls=cls, ctx=ctx, _input=_input, weight=weight, target=target, preference_labels=preference_labels,
+                bias=bias, use_ref_model=True, ref_input=ref_input, ref_weight=ref_weight, ref_bias=ref_bias, beta=beta,
+            )  # fmt: skip
+
+        @staticmethod
+        def backward(ctx, *grad_output):
+            return *LigerFusedLinearUnpairedPreferenceBase.backward(ctx, grad_output)[:5], *[None] * 4
+
+    def formula(hidden, weight, bias, target, labels, ref_hidden, ref_weight, ref_bias):
+        live = target != -100
+        tokens, z = token_logps(hidden, weight, bias, target, live)
+        logps, ref = tokens.sum(-1), token_logps(ref_hidden, ref_weight, ref_bias, target, live)[0].sum(-1)
+        sign, logits = torch.where(labels, 1.0, -1.0), (z.sum(-1) * live).sum(-1)
+        loss = -log_sigmoid(0.3 * sign * (logps - ref)).mean()
+        return loss, (*(v[m].sum() for v in (logps, logits) for m in (labels, ~labels)), (logps - ref).sum())
+
+    def run(hidden, weight, bias, target, labels, ref_hidden, ref_weight, ref_bias):
+        return Logistic.apply(hidden, weight, target, labels, bias, ref_hidden, ref_weight, ref_bias, 0.3)
+
+    given = case("KTO", device)
+    del given["kl"]
+    assert_same(run, formula, given)

@@ -143,7 +143,7 @@ def metrics_of(kl, clipped, live, importance_sampling_level):
     if clipped is None:
         share = torch.zeros((), device=live.device)
     elif importance_sampling_level == "sequence":
-        share = clipped.float().mean()
+        share = clipped.float().sum() / max(clipped.numel(), 1)
     else:
         share = (clipped & live).sum() / tokens
     return (share,) if kl is None else (kl.sum() / tokens, share)
