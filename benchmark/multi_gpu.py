@@ -138,7 +138,8 @@ def main(args: argparse.Namespace) -> int:
     path = measure.path_for(f"multi-{args.engine}-{shape}-x{args.gpus}", args.output)
     rows: list[dict] = []
     scaling: dict[str, float] = {}
-    said = {"command": "python -m benchmark.multi_gpu " + " ".join(sys.argv[1:]), "scaling": scaling}
+    command = "python -m benchmark.multi_gpu " + " ".join(sys.argv[1:])
+    said = {"command": command, "engine": args.engine, "gpus": args.gpus, "scaling": scaling}
     for name in contenders:
         found: list[dict] = []
         for processes in (args.gpus,) if args.engine == "fsdp2" else (1, args.gpus):
