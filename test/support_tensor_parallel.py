@@ -292,6 +292,25 @@ def peaks(sizes, workspace_bytes) -> dict:
     return found
 
 
+def errors_in_bf16(sizes, workspace_bytes) -> dict:
+    """{gradient: (of the split weight, of a whole one)}, distances from fp64 by norm, of bf16 hidden and weight."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    from liger_kernel.ops.fused_linear_cross_entropy import reference
+
+    found: dict = {"hidden": [], "weight": []}
+    for place in (Shard(0), Replicate()):
+        torch.manual_seed(7)
+        loss = split_loss(*sizes, place=place, dtype=torch.bfloat16)
+        given = hidden, weight, target = loss.args
+        loss(workspace_bytes=workspace_bytes).backward()
+        true = [x.full_tensor().detach().double().requires_grad_() for x in given[:2]]
+        reference(*true, None, target)[0].backward()
+        for name, x, truth in zip(found, given[:2], true):
+            found[name].append(float((x.grad.full_tensor().double() - truth.grad).norm() / truth.grad.norm()))
+    return found
+
+
 def second_backward(sizes) -> str:
     """The error of a second backward through one loss."""
     value = split_loss(*sizes)()
