@@ -1,11 +1,14 @@
 """Training on several GPUs of one host: memory, speed and longest context under FSDP2, scaling under DDP.
 
-    python -m benchmark.multi_gpu fsdp2 [--contenders torch,ours,liger] [--peers DIR] [--model llama3-8b]
-    python -m benchmark.multi_gpu ddp [--model llama3.2-1b] [--tokens 4x2048]
+    python -m benchmark.multi_gpu fsdp2 [--peers DIR] [--contenders torch,ours,liger] [--model llama3-8b]
+    python -m benchmark.multi_gpu ddp [--peers DIR] [--model llama3.2-1b] [--tokens 4x2048]
 
-fsdp2: bf16 and AdamW, checkpointed layers, each contender in processes of its own (torch is the unpatched model, liger
-the liger_kernel in DIR). The tokens of a step double, from --tokens on, first the sequence up to --longest and then the
-batch, until memory ends; the head is in the root's unit. ddp: the same batch per process, in one and in --gpus of them.
+Each contender runs in processes of its own: torch is the unpatched model, ours the patched one, liger the liger_kernel
+in DIR (`pip download --no-deps liger-kernel==0.8.5` and `unzip` make one); one that cannot run says why in its row.
+
+fsdp2: bf16 and AdamW, checkpointed layers. The tokens of a step double, from --tokens on, first the sequence up to
+--longest and then the batch, until memory ends; the head is in the root's unit. ddp: the same batch per process, in one
+and in --gpus of them.
 All tokens/s are of all processes, peak_GiB is the fullest GPU's. Rows go to benchmark/results (or $OUT). Without GPUs
 the processes are joined by gloo, for a trial of the program with --model tiny.
 """
@@ -109,7 +112,7 @@ def together(job: Job, processes: int, seconds: float | None) -> list[dict]:
     try:
         for row in worker.rows():
             if not any(end in r for r in rows for end in ("out_of_memory", "failed")):  # later ones follow from that
-                rows.append({"contender": job.contender, "model": job.model} | row)
+                rows.append({"contender": job.contender, "model": job.model, "processes": processes} | row)
                 print({k: v for k, v in rows[-1].items() if k != "loss"}, flush=True)
     finally:
         cancel()
@@ -119,7 +122,7 @@ def together(job: Job, processes: int, seconds: float | None) -> list[dict]:
 
 def main(args: argparse.Namespace) -> int:
     """Measure what the command line asks for; the exit code."""
-    contenders = args.contenders.split(",") if args.engine == "fsdp2" else ["ours"]
+    contenders = (args.contenders or f"torch,ours{',liger' * bool(args.peers)}").split(",")
     shape = args.model or {"fsdp2": "llama3-8b", "ddp": "llama3.2-1b"}[args.engine]
     tokens = args.tokens or {"fsdp2": "1x4096", "ddp": "4x2048"}[args.engine]
     if unknown := set(contenders) - set(CONTENDERS):
@@ -134,21 +137,25 @@ def main(args: argparse.Namespace) -> int:
     until = time.monotonic() + args.seconds if args.seconds else None
     path = measure.path_for(f"multi-{args.engine}-{shape}-x{args.gpus}", args.output)
     rows: list[dict] = []
-    said = {"command": "python -m benchmark.multi_gpu " + " ".join(sys.argv[1:])}
+    scaling: dict[str, float] = {}
+    command = "python -m benchmark.multi_gpu " + " ".join(sys.argv[1:])
+    said = {"command": command, "engine": args.engine, "gpus": args.gpus, "scaling": scaling}
     for name in contenders:
+        found: list[dict] = []
         for processes in (args.gpus,) if args.engine == "fsdp2" else (1, args.gpus):
             job = Job(
                 name, shape, batch, seq, args.steps, args.warmup, args.engine == "fsdp2", engine=args.engine,
                 longest=args.longest if args.engine == "fsdp2" else 0, most=args.most,
                 folder=str(args.peers.absolute()) if name == "liger" else "",
             )  # fmt: skip
-            rows += together(job, processes, until and until - time.monotonic())
+            found += together(job, processes, until and until - time.monotonic())
+            measure.save(path, rows + found, said)
+        rows += found
+        if args.engine == "ddp" and len(found) == 2 and all("tokens_per_s" in r for r in found):
+            alone, many = (r["tokens_per_s"] for r in found)
+            scaling[name] = round(many / (args.gpus * alone), 4)
+            print(f"{name}: scaling from 1 to {args.gpus}: {scaling[name]}")
             measure.save(path, rows, said)
-    if args.engine == "ddp" and all("tokens_per_s" in r for r in rows):
-        alone, many = (r["tokens_per_s"] for r in rows)
-        said["scaling"] = round(many / (args.gpus * alone), 4)
-        print(f"scaling from 1 to {args.gpus}: {said['scaling']}")
-        measure.save(path, rows, said)
     print(path)
     return int(any("failed" in r and r["contender"] == "ours" for r in rows))
 
@@ -159,7 +166,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--model", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--tokens", help="batch x sequence of one process, the first size")
-    parser.add_argument("--contenders", default="torch,ours", help=f"of {', '.join(CONTENDERS)} (%(default)s)")
+    parser.add_argument("--contenders", help=f"of {', '.join(CONTENDERS)}; without --peers not the last")
     parser.add_argument("--peers", type=Path, metavar="DIR", help="folder with the upstream package")
     parser.add_argument("--longest", type=int, default=1 << 17, help="tokens of a sequence (%(default)s)")
     parser.add_argument("--most", type=int, default=0, help="stop at so many tokens of a step and process")

@@ -28,13 +28,57 @@ def models(data: dict) -> list[str]:
     lines += ["| | tokens | tokens/s | peak GiB | last loss | |", "| --- | --- | ---: | ---: | ---: | --- |"]
     for r in data["rows"]:
         what = f"| {r['contender']} | {r['batch']} x {r['seq']} |" if "batch" in r else f"| {r['contender']} | |"
-        if "tokens_per_s" in r:
-            last = f"{r['loss'][-1]:.4f}" if "loss" in r else ""
-            measured = f"{r['tokens_per_s']:,} | {r['peak_GiB']} | {last} | {r['patched']}"
-        else:
-            measured = f" | | | {'out of memory' if 'out_of_memory' in r else 'failed'}"
-        lines.append(f"{what} {measured} |")
+        lines.append(f"{what} {_trained(r)} |")
     return lines
+
+
+ENGINES = {"fsdp2": "FSDP2", "ddp": "DDP"}
+
+
+def multi(data: dict) -> list[str]:
+    """A row for each size that processes trained together, then the longest sequence, or how the speed scales."""
+    rows, engine = data["rows"], data["engine"]
+    how = [ENGINES[engine], "bf16", "AdamW", *["gradient checkpointing"] * any(r.get("checkpoint") for r in rows)]
+    lines = [f"## {rows[0]['model']} on {data['gpus']} GPUs, {', '.join(how)}", ""]
+    lines += ["Tokens of one GPU's step; tokens/s of all GPUs; the peak of the fullest.", "",
+              "| | GPUs | tokens | tokens/s | peak GiB | last loss | |",
+              "| --- | ---: | --- | ---: | ---: | ---: | --- |"]  # fmt: skip
+    for r in rows:
+        size = f"{r['batch']} x {r['seq']}" if "batch" in r else ""
+        lines.append(f"| {r['contender']} | {r['processes']} | {size} | {_trained(r)} |")
+    trained = [r for r in rows if "tokens_per_s" in r]
+    if engine == "fsdp2":
+        said = {r["contender"]: f"{r['seq']:,}" for r in sorted(trained, key=lambda r: r["seq"])}
+        what = "Longest sequence"
+    else:
+        said = {name: f"{share:.0%}" for name, share in data["scaling"].items()}
+        what = f"Tokens/s of {data['gpus']} GPUs, of {data['gpus']} times those of one"
+    order = dict.fromkeys(r["contender"] for r in rows)
+    if said:
+        lines += ["", f"{what}: {', '.join(f'{name} {said[name]}' for name in order if name in said)}."]
+    ours = {_size(r): r for r in trained if r["contender"] == "ours"}
+    behind = [r for r in trained if _size(r) in ours and r["tokens_per_s"] > ours[_size(r)]["tokens_per_s"]]
+    if behind:
+        lines += ["", "Where a peer is faster:", ""]
+    for r in behind:
+        times = ours[_size(r)]["tokens_per_s"] / r["tokens_per_s"]
+        lines.append(
+            f"- {r['batch']} x {r['seq']}, GPUs {r['processes']}: {r['contender']} takes {times:.0%} of our time"
+        )
+    failed = dict.fromkeys(f"- {r['contender']}: {r['failed'][:160]}" for r in rows if "failed" in r)
+    return [*lines, "", "Not measured:", "", *failed] if failed else lines
+
+
+def _size(row: dict) -> tuple:
+    return row["batch"], row["seq"], row["processes"]
+
+
+def _trained(r: dict) -> str:
+    """The cells of a model's training, from its speed on."""
+    if "tokens_per_s" not in r:
+        return f" | | | {'out of memory' if 'out_of_memory' in r else 'failed'}"
+    last = f"{r['loss'][-1]:.4f}" if "loss" in r else ""
+    return f"{r['tokens_per_s']:,} | {r['peak_GiB']} | {last} | {r['patched']}"
 
 
 def ops(data: dict) -> list[str]:
@@ -125,7 +169,7 @@ def _loss(r: dict) -> str:
     return f"| {r['loss']} | {what} | {r['ms']:.1f} | {r.get('MiB') or ''} |"
 
 
-KINDS = {"losses-": losses, "model-": models, "ops-": ops, "head-": heads}
+KINDS = {"losses-": losses, "model-": models, "multi-": multi, "ops-": ops, "head-": heads}
 
 
 def page() -> str:

@@ -183,10 +183,15 @@ def op_errors(sizes, placement, options) -> dict:
     options = dict(options)
     if options.pop("weighted", False):
         options["ce_weight"] = torch.rand(n_classes, generator=generator)
+        options["token_weight"] = torch.rand(rows, generator=generator)
     true = [x.double().requires_grad_() for x in (hidden, weight, bias)]
     wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    if "normalizer" in wide:
+        wide["reduction"] = "sum"
+    divisor = wide.pop("normalizer", 1.0)
     wanted = reference(*true, target, **{k: v for k, v in wide.items() if k != "return_entropy"})
     outputs = wanted if isinstance(wanted, tuple) else (wanted,)
+    outputs = outputs[0] / divisor, *outputs[1:]
     factor = torch.rand(outputs[0].shape, generator=generator)
     (outputs[0] * factor).sum().backward()
 
@@ -221,33 +226,100 @@ def op_errors(sizes, placement, options) -> dict:
     return errors
 
 
-class _Largest(TorchDispatchMode):
-    """The most elements of one tensor that any operation has made."""
+class _Watch(TorchDispatchMode):
+    """The most elements of one tensor that any operation has made, the elements that each collective brought, and the
+    flops of the matrix products (torch's own counter leaves out those in place)."""
 
-    most = 0
+    def __init__(self):
+        super().__init__()
+        self.most, self.brought, self.flops = 0, [], 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
         for one in made if isinstance(made, (tuple, list)) else (made,):
             if isinstance(one, torch.Tensor):
                 self.most = max(self.most, one.numel())
+        if func.namespace == "c10d":
+            self.brought.append(args[0].numel())
+        if func.overloadpacket.__name__.rstrip("_") in ("mm", "addmm"):
+            a, b = [x for x in args if isinstance(x, torch.Tensor)][-2:]
+            self.flops += 2 * a.shape[0] * b.numel()
         return made
 
 
-def largest_of_a_step(rows: int, width: int, n_classes: int) -> int:
-    """The largest tensor of the fused loss of a weight split by rows, and of its backward."""
+def split_loss(rows: int, width: int, n_classes: int, place=None, live: int | None = None, dtype=torch.float32):
+    """The fused loss of a weight split by rows, of which `live` rows count, as a function of its options."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     from liger_kernel.ops.fused_linear_cross_entropy import liger_fused_linear_cross_entropy
 
-    mesh = init_device_mesh(rank_device().type, (dist.get_world_size(),))
-    hidden = distribute_tensor(torch.randn(rows, width, device=rank_device()), mesh, [Replicate()]).requires_grad_()
-    weight = distribute_tensor(torch.randn(n_classes, width, device=rank_device()), mesh, [Shard(0)]).requires_grad_()
-    target = torch.randint(0, n_classes, (rows,), device=rank_device())
-    with _Largest() as seen:
-        liger_fused_linear_cross_entropy(hidden, weight, target).backward()
-    return seen.most
+    device = rank_device()
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    shapes = (((rows, width), Replicate()), ((n_classes, width), place or Shard(0)))
+    hidden, weight = (
+        distribute_tensor(torch.randn(*shape, device=device, dtype=dtype), mesh, [p]).requires_grad_()
+        for shape, p in shapes
+    )
+    target = torch.randint(0, n_classes, (rows,), device=device)
+    target[slice(live, None) if live is not None else slice(0)] = -100
+    return functools.partial(liger_fused_linear_cross_entropy, hidden, weight, target)
+
+
+def watched(sizes, options, live=None, fp16=False, gradients=True) -> dict:
+    """What a step of the fused loss of a split weight brings from other ranks and computes."""
+    loss = split_loss(*sizes, live=live, dtype=torch.float16 if fp16 else torch.float32)
+    with torch.set_grad_enabled(gradients), _Watch() as seen:
+        value = loss(**options)
+        if gradients:
+            getattr(value, "loss", value).sum().backward()
+    return {"most": seen.most, "brought": seen.brought, "flops": seen.flops}
+
+
+def peaks(sizes, workspace_bytes) -> dict:
+    """Bytes at the highest point of a step above its inputs, the weight split and whole on this rank."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    from liger_kernel.cli.memory import Meter
+
+    found = {}
+    for name, place in (("warm", Shard(0)), ("split", Shard(0)), ("whole", Replicate())):
+        loss = split_loss(*sizes, place=place)
+        dist.barrier()
+        meter = Meter(rank_device())
+        loss(workspace_bytes=workspace_bytes).backward()
+        found[name] = meter.peak()
+    return found
+
+
+def errors_in_bf16(sizes, workspace_bytes) -> dict:
+    """{gradient: (of the split weight, of a whole one)}, distances from fp64 by norm, of bf16 hidden and weight."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    from liger_kernel.ops.fused_linear_cross_entropy import reference
+
+    found: dict = {"hidden": [], "weight": []}
+    for place in (Shard(0), Replicate()):
+        torch.manual_seed(7)
+        loss = split_loss(*sizes, place=place, dtype=torch.bfloat16)
+        given = hidden, weight, target = loss.args
+        loss(workspace_bytes=workspace_bytes).backward()
+        true = [x.full_tensor().detach().double().requires_grad_() for x in given[:2]]
+        reference(*true, None, target)[0].backward()
+        for name, x, truth in zip(found, given[:2], true):
+            found[name].append(float((x.grad.full_tensor().double() - truth.grad).norm() / truth.grad.norm()))
+    return found
+
+
+def second_backward(sizes) -> str:
+    """The error of a second backward through one loss."""
+    value = split_loss(*sizes)()
+    value.backward(retain_graph=True)
+    try:
+        value.backward()
+    except RuntimeError as refused:
+        return str(refused)
+    return ""
 
 
 def other_uses() -> dict:

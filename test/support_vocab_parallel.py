@@ -55,6 +55,35 @@ def head_errors(sizes, bias=False, **options) -> dict:
     return _errors(names, [*found, *grads], [*truth, *true_grads])
 
 
+def under_upstreams_name(sizes) -> dict:
+    """The same of liger-kernel's signature, its arguments by position, without a bias."""
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyTPFunction as Function
+    from liger_kernel.transformers.functional import liger_fused_linear_scaled_cross_entropy_tp
+
+    hidden, weight, target, part = _inputs(sizes, confident=2)
+    factors = torch.randn(2, ROWS, generator=torch.Generator().manual_seed(4))
+
+    def outcome(run, *given):
+        given = [x.clone().requires_grad_() for x in given]
+        outputs = run(*given)
+        sum((f.to(o) * o).sum() for f, o in zip(factors, outputs)).backward()
+        return [*(o.detach() for o in outputs), *(x.grad for x in given)]
+
+    place = rank_device()
+    label, local = target.to(place), (hidden.to(place), weight[part].to(place))
+    found = outcome(lambda h, w: Function.apply(h, w, label, dist.group.WORLD, 0.7, -100, 2, True), *local)
+    alone = liger_fused_linear_scaled_cross_entropy_tp(*local, label, dist.group.WORLD, 0.7)
+    assert torch.equal(alone, found[0])
+
+    def true(h, w):
+        log_prob, _, entropy = reference(h, w, None, target, temperature=0.7)
+        return -log_prob, entropy
+
+    truth = outcome(true, hidden.double(), weight.double())
+    truth[3] = truth[3][part]
+    return _errors(("nll", "entropy", "d_hidden", "d_weight"), found, truth)
+
+
 def logits_errors(sizes, formula, mode, smoothing) -> dict:
     """The same of the loss of logits."""
     from liger_kernel.transformers import LigerVocabParallelCrossEntropy

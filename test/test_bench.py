@@ -216,28 +216,44 @@ def test_a_model_is_trained_and_its_memory_ends_the_longest_context(monkeypatch,
     assert rows[0]["patched"] == "9 modules patched" and len(rows[0]["loss"]) == 2
 
 
+PEER = "def _apply_liger_kernel_to_instance(model):\n    {does}\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine, sizes", [("fsdp2", [(1, 16), (1, 32), (2, 32)]), ("ddp", [(1, 16)] * 2)])
-def test_processes_train_together_and_their_rows_are_kept(engine, sizes, tmp_path):
+@pytest.mark.parametrize("peer", ["runs", "fails"])
+def test_processes_train_together_and_their_rows_are_kept(engine, sizes, peer, tmp_path):
+    upstream = tmp_path / "peer/liger_kernel"
+    rooms = {".": "", "ops": "", "transformers": PEER.format(does="pass" if peer == "runs" else "raise OSError(5)")}
+    for name, text in rooms.items():
+        (upstream / name).mkdir(parents=True, exist_ok=True)
+        (upstream / name / "__init__.py").write_text(text)
     command = [sys.executable, "-m", "benchmark.multi_gpu", engine, "--model", "tiny", "--tokens", "1x16"]
     command += ["--longest", "32", "--most", "64", "--steps", "1", "--warmup", "1", "--output", str(tmp_path)]
     path = f"{process.REPOSITORY / 'src'}{os.pathsep}{process.REPOSITORY}"
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command += ["--peers", str(upstream.parent), *["--contenders", "liger"] * (peer == "fails")]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     (saved,) = tmp_path.glob(f"multi-{engine}-tiny-x2-*.json")
     data = json.loads(saved.read_text())
-    contenders = ["torch", "ours"] if engine == "fsdp2" else ["ours"]
+    processes = [1, 2] if engine == "ddp" else [2]
+    if peer == "fails":
+        assert [r["processes"] for r in data["rows"]] == processes and data["scaling"] == {}
+        assert all(r["failed"] == "OSError: 5" for r in data["rows"])
+        return
+    contenders = ["torch", "ours", "liger"]
     assert [(r["contender"], r["batch"], r["seq"]) for r in data["rows"]] == [
         (c, *s) for c in contenders for s in sizes
     ]
-    assert [r["processes"] for r in data["rows"]] == ([1, 2] if engine == "ddp" else [2] * 6)
+    assert [r["processes"] for r in data["rows"]] == (processes * 3 if engine == "ddp" else [2] * 9)
     assert all(r["tokens_per_s"] > 0 and r["peak_GiB"] > 0 for r in data["rows"])
-    if engine == "fsdp2":  # the same tokens and weights; fp32 in another order
-        for plain, ours in zip(data["rows"][:3], data["rows"][3:], strict=True):
-            assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-5)
-    else:
-        assert data["scaling"] > 0
+    plain, *others = (data["rows"][i : i + len(sizes)] for i in range(0, len(data["rows"]), len(sizes)))
+    for rows in others:  # the same tokens and weights; fp32 in another order
+        for one, other in zip(plain, rows, strict=True):
+            assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert [r["patched"] for r in others[1]] == ["upstream"] * len(sizes)
+    assert list(data["scaling"]) == (contenders if engine == "ddp" else [])
 
 
 def test_the_profile_counts_what_is_alive_at_the_peak():

@@ -1,6 +1,7 @@
 """docs/benchmarks.md says what benchmark/results say."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -49,3 +50,67 @@ def test_losses_stand_in_a_table_for_each_size(report):
     ]
     assert "| dpo | ours | 1.2 | 3 |" in text and "| grpo | torch | out of memory |  |" in text
     assert "| dpo | liger without its torch.compile, which failed | 1.2 | 3 |" in text
+
+
+SURROUNDINGS = dict(card="Card", torch="2", triton="3", commit="abc", date="2026-01-02T03:04", gpus=2, scaling={})
+
+
+def _step(contender, processes, batch, seq, speed, **more):
+    measured = {"tokens_per_s": speed, "peak_GiB": 70.5, "loss": [12.0, 11.25], "patched": "so"} if speed else {}
+    row = {"contender": contender, "model": "m", "processes": processes, "batch": batch, "seq": seq}
+    return row | measured | more
+
+
+def _page(report, monkeypatch, folder, name, data):
+    (folder / name).write_text(json.dumps(SURROUNDINGS | data))
+    monkeypatch.setattr(report, "COMMITTED", folder)
+    return report.page().splitlines()
+
+
+def test_sharded_training_says_the_longest_sequence_and_who_is_faster(report, monkeypatch, tmp_path):
+    rows = [
+        _step("torch", 2, 1, 4096, 9000, checkpoint=True), _step("torch", 2, 1, 8192, 0, out_of_memory=True),
+        _step("ours", 2, 1, 4096, 10000, checkpoint=True), _step("ours", 2, 1, 131072, 8000),
+        _step("ours", 2, 2, 131072, 0, out_of_memory=True), _step("liger", 2, 1, 4096, 12500),
+        {"contender": "liger", "model": "m", "processes": 2, "failed": "OSError: 5"},
+    ]  # fmt: skip
+    lines = _page(report, monkeypatch, tmp_path, "multi-fsdp2-m-x2-card.json", {"engine": "fsdp2", "rows": rows})
+    start = lines.index("## m on 2 GPUs, FSDP2, bf16, AdamW, gradient checkpointing")
+    assert lines[start + 6 :] == [
+        "| torch | 2 | 1 x 4096 | 9,000 | 70.5 | 11.2500 | so |",
+        "| torch | 2 | 1 x 8192 |  | | | out of memory |",
+        "| ours | 2 | 1 x 4096 | 10,000 | 70.5 | 11.2500 | so |",
+        "| ours | 2 | 1 x 131072 | 8,000 | 70.5 | 11.2500 | so |",
+        "| ours | 2 | 2 x 131072 |  | | | out of memory |",
+        "| liger | 2 | 1 x 4096 | 12,500 | 70.5 | 11.2500 | so |",
+        "| liger | 2 |  |  | | | failed |",
+        "",
+        "Longest sequence: torch 4,096, ours 131,072, liger 4,096.",
+        "",
+        "Where a peer is faster:",
+        "",
+        "- 1 x 4096, GPUs 2: liger takes 80% of our time",
+        "",
+        "Not measured:",
+        "",
+        "- liger: OSError: 5",
+        "",
+        "Card, torch 2, triton 3, commit abc, 2026-01-02 (`multi-fsdp2-m-x2-card.json`)",
+    ]
+
+
+def test_replicated_training_says_how_it_scales(report, monkeypatch, tmp_path):
+    rows = [_step("torch", 1, 4, 2048, 30000), _step("torch", 2, 4, 2048, 54000),
+            _step("ours", 1, 4, 2048, 40000), _step("ours", 2, 4, 2048, 76000)]  # fmt: skip
+    data = {"engine": "ddp", "rows": rows, "scaling": {"torch": 0.9, "ours": 0.95}}
+    lines = _page(report, monkeypatch, tmp_path, "multi-ddp-m-x2-card.json", data)
+    start = lines.index("## m on 2 GPUs, DDP, bf16, AdamW")
+    assert lines[start + 6 : start + 12] == [
+        "| torch | 1 | 4 x 2048 | 30,000 | 70.5 | 11.2500 | so |",
+        "| torch | 2 | 4 x 2048 | 54,000 | 70.5 | 11.2500 | so |",
+        "| ours | 1 | 4 x 2048 | 40,000 | 70.5 | 11.2500 | so |",
+        "| ours | 2 | 4 x 2048 | 76,000 | 70.5 | 11.2500 | so |",
+        "",
+        "Tokens/s of 2 GPUs, of 2 times those of one: torch 90%, ours 95%.",
+    ]
+    assert "Where a peer is faster:" not in lines

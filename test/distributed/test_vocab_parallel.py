@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from support_ranks import Ranks
-from support_vocab_parallel import head_errors, logits_errors
+from support_vocab_parallel import head_errors, logits_errors, under_upstreams_name
 
 SIZES = [(20, 21), (40, 1), (41, 0)]
 
@@ -21,6 +21,13 @@ def ranks():
 @pytest.mark.parametrize("options", [{}, dict(softcap=6.0, logit_scale=1.5, temperature=0.7, bias=True)])
 def test_head_is_that_of_one_rank(ranks, sizes, options):
     for errors in ranks(head_errors, sizes=sizes, **options):
+        for name, (ours, limit) in errors.items():
+            assert ours <= limit, (name, ours, limit)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_head_under_upstreams_name(ranks, sizes):
+    for errors in ranks(under_upstreams_name, sizes=sizes):
         for name, (ours, limit) in errors.items():
             assert ours <= limit, (name, ours, limit)
 

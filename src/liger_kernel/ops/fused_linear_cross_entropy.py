@@ -375,6 +375,11 @@ def check(hidden, weight, target, bias, ce_weight, reduction, ignore_index, accu
         n_classes = high - low
     check_target(labels.shape[0], n_classes, labels, hidden.device, RowLoss(ignore_index), NAME)
     check_class_weight(ce_weight, n_classes, hidden.device, NAME)
+    check_options(hidden, target, reduction, accum_dtype, options)
+
+
+def check_options(hidden, target, reduction, accum_dtype, options) -> None:
+    """ValueError for those that have nothing to do with the weight."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {sorted(REDUCTIONS)}, got {reduction!r}")
     if options.normalizer is not None and reduction == "none":

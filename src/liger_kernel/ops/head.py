@@ -11,18 +11,20 @@ Ignored   rows cost no product where the host may wait for their number, see liv
 Memory    one chunk, dh, dW; with several chunks dW in fp32 until the last, then its 16 bits in half of that memory.
 Flops     2 T H V for the statistics, 6 T H V with both gradients. Gradients of rows whose statistics are known
           already: head_slabs.
+Split     among ranks, each with some of the classes: they meet once a chunk, see Split and vocab_parallel_head.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from liger_kernel.backends import device_of
 from liger_kernel.ops.core import kernels, wide
-from liger_kernel.ops.row_loss import Given, RowLoss, autocast_dtype, empty_stats
+from liger_kernel.ops.row_loss import Given, RowLoss, Stats, autocast_dtype, empty_stats
 from liger_kernel.ops.sharded import why_not_whole
 from liger_kernel.ops.weight_sum import WeightSum
 
@@ -45,6 +47,18 @@ class LowRank:
     needs: tuple[bool, bool] = (False, False)
 
 
+@dataclass(frozen=True)
+class Split:
+    """Gradients of rows whose classes are split among ranks, which have to meet before each chunk of them.
+
+    n_classes: of a part, the same number on every rank, so that all cut the same chunks. settle: what the gradients
+    of a chunk are given, from its Stats here, which hold RECOMPUTED, and its rows (a slice, or their indices).
+    """
+
+    n_classes: int
+    settle: Callable[[Stats, slice | torch.Tensor], Given]
+
+
 @torch.no_grad()
 def run(
     hidden: torch.Tensor,
@@ -59,6 +73,7 @@ def run(
     workspace_bytes: int | None = None,
     low_rank: LowRank | None = None,
     vocab: tuple[int, int] | None = None,
+    split: Split | None = None,
 ) -> tuple:
     """The Stats of every row of hidden (T, H), and the gradients of (hidden, weight, bias) that `needs` asks for.
 
@@ -66,21 +81,26 @@ def run(
     gradient has the dtype of what it belongs to. vocab: the rows of the weights and bias that are the classes.
     """
     dtype = dtype or product_dtype(hidden)
-    kept = live_rows(hidden, weight, given.target, loss.ignore_index)
+    n_classes = weight.shape[0] if split is None else split.n_classes
+    kept = live_rows(hidden, n_classes, given.target, loss.ignore_index)
     if kept is None:
         return _run(
-            hidden, weight, bias, given, loss, fields, needs, dtype, accum_dtype, workspace_bytes, low_rank, vocab
-        )
+            hidden, weight, bias, given, loss, fields, needs, dtype, accum_dtype, workspace_bytes, low_rank, vocab,
+            split,
+        )  # fmt: skip
+    if split is not None:
+        settle = split.settle
+        split = replace(split, settle=lambda stats, rows: settle(stats, kept[rows]))
     low = None if low_rank is None else replace(low_rank, inputs=low_rank.inputs[kept])
     rows = hidden[kept], weight, bias, given.take(kept)
-    part = list(_run(*rows, loss, fields, needs, dtype, accum_dtype, workspace_bytes, low, vocab))
+    part = list(_run(*rows, loss, fields, needs, dtype, accum_dtype, workspace_bytes, low, vocab, split))
     part[0], part[1] = part[0].spread(kept, hidden.shape[0]), spread(part[1], kept, hidden)
     if low_rank is not None:
         part[4] = spread(part[4], kept, low_rank.inputs)
     return tuple(part)
 
 
-def _run(hidden, weight, bias, given, loss, fields, needs, dtype, accum_dtype, workspace_bytes, low_rank, vocab):
+def _run(hidden, weight, bias, given, loss, fields, needs, dtype, accum_dtype, workspace_bytes, low_rank, vocab, split):
     h_all, (w, b) = hidden.to(dtype).contiguous(), classes_of(weight, bias, dtype, vocab)
     classes = slice(*vocab_of(weight, vocab))
     (n_rows, width), n_classes = h_all.shape, w.shape[0]
@@ -89,8 +109,9 @@ def _run(hidden, weight, bias, given, loss, fields, needs, dtype, accum_dtype, w
     low = None if low_rank is None else _LowRankTerm(low_rank, dtype, vocab)
     grads = any(needs) or (low_rank is not None and any(low_rank.needs))
     total = accum_dtype or wide(dtype)
-    sum_bytes = weight.numel() * (total.itemsize - weight.dtype.itemsize) if needs[1] else 0
-    rows = chunk_rows(n_rows, n_classes, dtype, device, grads, workspace_bytes, sum_bytes)
+    n_summed, n_wide = (weight.shape[0], n_classes) if split is None else (split.n_classes, split.n_classes)
+    sum_bytes = n_summed * width * (total.itemsize - weight.dtype.itemsize) if needs[1] else 0
+    rows = chunk_rows(n_rows, n_wide, dtype, device, grads, workspace_bytes, sum_bytes)
     n_chunks = -(-n_rows // rows)
     d_hidden = torch.empty_like(h_all) if needs[0] else None
     d_weight = d_bias = None
@@ -107,7 +128,11 @@ def _run(hidden, weight, bias, given, loss, fields, needs, dtype, accum_dtype, w
         project(h, w, b, logits)
         if low is not None:
             low.add_logits(logits, i, j)
-        pair.forward(logits, given.rows(i, j), loss, stats.rows(i, j), logits if grads else None)
+        found = stats.rows(i, j)
+        pair.forward(logits, given.rows(i, j), loss, found, logits if grads and split is None else None)
+        if split is not None:
+            settled = split.settle(found, slice(i, j))
+            kernels("head_slabs", h_all).backward(logits, settled, loss, found, 0, n_classes)
         if d_hidden is not None:
             torch.mm(logits, w, out=d_hidden[i:j])
         if d_weight is not None:
@@ -159,7 +184,7 @@ def counts_for_free(hidden: torch.Tensor) -> bool:
     return hidden.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def live_rows(hidden, weight, target, ignore_index: int) -> torch.Tensor | None:
+def live_rows(hidden, n_classes: int, target, ignore_index: int) -> torch.Tensor | None:
     """Indices of the rows that are not ignored; None where none is, and where the host shall not wait to be told.
 
     It waits once a call: the device then idles as long as it takes to start the next kernel.
@@ -167,7 +192,7 @@ def live_rows(hidden, weight, target, ignore_index: int) -> torch.Tensor | None:
     device = hidden.device
     if torch.compiler.is_compiling() or os.environ.get(SYNC_ENV) == "0" or not device_of(device).may_wait():
         return None
-    if device.type != "cpu" and hidden.numel() * weight.shape[0] < WORTH_WAITING:
+    if device.type != "cpu" and hidden.numel() * n_classes < WORTH_WAITING:
         return None
     kept = (target != ignore_index).nonzero().squeeze(1)
     return kept if kept.shape[0] < target.shape[0] else None

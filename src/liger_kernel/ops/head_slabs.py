@@ -52,7 +52,7 @@ def gradients(
     if low_rank is not None or n_rows > high - low or not fits:
         sizes = dtype, accum_dtype, workspace_bytes, low_rank, vocab
         return run(hidden, weight, bias, given, loss, (), needs, *sizes)[1:]
-    kept = live_rows(hidden, weight, given.target, loss.ignore_index)
+    kept = live_rows(hidden, weight.shape[0], given.target, loss.ignore_index)
     if kept is None:
         return _gradients(hidden, weight, bias, given, loss, stats, needs, dtype, workspace_bytes, vocab)
     part, *others = _gradients(

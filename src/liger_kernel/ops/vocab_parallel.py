@@ -14,18 +14,18 @@ entropy_r, all of the softmax over its part alone. With s_r = exp(lse_r - lse), 
 The second form is what the kernel of a row computes. 1 - s_r is the sum of the other shares, so nothing cancels.
 
 Needs     the same targets on all ranks of the group; the parts in the order of the ranks, of any sizes.
-Traffic   three numbers per token and rank, gathered once, and the size of each part.
+Traffic   three numbers per token and rank, gathered, and the size of each part.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import distributed as dist
 
 from liger_kernel.ops.core import debug_enabled
-from liger_kernel.ops.row_loss import Given, RowLoss
+from liger_kernel.ops.row_loss import Given, RowLoss, Stats
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Part:
     owner: torch.Tensor  # (ranks, T): whether the label is in the part of that rank
     live: torch.Tensor  # whether the label is not ignored
     rank: int
+    size: int
     n_classes: torch.Tensor  # 0-d: of all parts
     start: torch.Tensor  # 0-d: the first class of this part
 
@@ -46,6 +47,9 @@ class Part:
     @property
     def inside(self) -> torch.Tensor:
         return self.owner.any(0)
+
+    def take(self, rows: slice | torch.Tensor) -> Part:
+        return replace(self, target=self.target[rows], owner=self.owner[:, rows], live=self.live[rows])
 
 
 @dataclass(frozen=True)
@@ -93,11 +97,12 @@ def find_part(target: torch.Tensor, n_here: int, loss: RowLoss, group, op: str) 
         )
     rank = size_and_rank(group)[1]
     local = (target - starts[rank]).where(owner[rank], 0).masked_fill(~live, loss.ignore_index)
-    return Part(local, owner, live, rank, ends[-1, 0], starts[rank, 0])
+    return Part(local, owner, live, rank, n_here, ends[-1, 0], starts[rank, 0])
 
 
 def combine(part: Part, nll, lse, entropy, group) -> Whole:
-    """The whole softmax's numbers from those of this part, each (T,); lse is -inf where the part is empty."""
+    """The whole softmax's numbers from those of this part, each (T,); of an empty part they are not read."""
+    lse = lse if part.size else torch.full_like(lse, float("-inf"))
     found = gather(torch.stack((lse, nll.where(part.here, 0.0), entropy)), group)
     lses, nlls, entropies = found.unbind(1)
     whole_lse = lses.logsumexp(0)
@@ -123,8 +128,11 @@ def _without(lses: torch.Tensor, rank: int) -> torch.Tensor:
     return others.logsumexp(0) if len(others) else torch.full_like(lses[0], float("-inf"))
 
 
-def first_largest(part: Part, top, predicted, group) -> torch.Tensor:
+def first_largest(part: Part, stats: Stats, group) -> torch.Tensor:
     """argmax over all parts (T,), -1 where ignored, from the largest logit of this part and its place in it."""
+    top, predicted = stats.top, stats.predicted
+    assert top is not None and predicted is not None
+    top = top if part.size else torch.full_like(top, float("-inf"))
     tops, places = gather(top, group), gather(predicted + part.start, group)
     return places.gather(0, tops.argmax(0, keepdim=True)).squeeze(0).where(part.live, -1)
 

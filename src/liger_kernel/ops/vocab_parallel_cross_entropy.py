@@ -93,7 +93,6 @@ class LigerVocabParallelCEFunction(torch.autograd.Function):
 
 def _of_part(x, part, loss, fields):
     if x.shape[1] == 0:
-        zero = torch.zeros(x.shape[0], dtype=wide(x.dtype), device=x.device)
-        return zero, torch.full_like(zero, float("-inf")), zero
+        return [torch.zeros(x.shape[0], dtype=wide(x.dtype), device=x.device)] * 3
     stats = compute(x, Given(part.target), loss, fields)
     return stats.loss, stats.lse, stats.mean

@@ -13,9 +13,20 @@ import torch
 
 from liger_kernel.ops import head
 from liger_kernel.ops.core import wide
-from liger_kernel.ops.row_loss import REDUCTIONS, RowLoss, Stats, check_class_weight, factors, finish, prepare
+from liger_kernel.ops.fused_linear_cross_entropy import HeadOptions, check_options
+from liger_kernel.ops.row_loss import (
+    RECOMPUTES,
+    RowLoss,
+    Stats,
+    check_class_weight,
+    factors,
+    finish,
+    is_early,
+    prepare,
+    taken,
+)
 from liger_kernel.ops.sharded import is_dtensor
-from liger_kernel.ops.vocab_parallel_head import NAME, LigerVocabParallelLogprobsFunction
+from liger_kernel.ops.vocab_parallel_head import NAME, LigerVocabParallelLogprobsFunction, run
 
 
 def cross_entropy_of_dtensors(function, input, weight, target, bias, **options):
@@ -81,6 +92,19 @@ def _part_of(bias, mesh):
     return bias.redistribute(placements=[Shard(0)]).to_local()
 
 
+class _Formed(torch.autograd.Function):
+    """apply(loss, grads, *inputs) -> loss, whose gradients for the inputs are formed already."""
+
+    @staticmethod
+    def forward(ctx, loss, grads, *inputs):
+        ctx.grads = grads
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        return None, None, *head.scaled(taken(ctx, NAME, RECOMPUTES), d_loss)
+
+
 def _split_loss(
     hidden, weight, target, bias, n_classes, mesh, *, ce_weight, ignore_index, lse_square_scale, reduction, softcap,
     return_z_loss, accum_dtype, use_token_scaling, return_token_accuracy, return_predicted_tokens, logit_scale,
@@ -92,28 +116,47 @@ def _split_loss(
             f"{NAME}: target must be int64 or int32 of shape {tuple(hidden.shape[:-1])}, got {target.dtype} of shape "
             f"{tuple(target.shape)}"
         )
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {sorted(REDUCTIONS)}, got {reduction!r}")
     check_class_weight(ce_weight, n_classes, hidden.device, NAME)
-    head.check_scales(logit_scale, temperature, hidden, NAME)
+    options = HeadOptions(logit_scale, temperature, token_weight, normalizer, workspace_bytes)
+    check_options(hidden, target, reduction, accum_dtype, options)
     shape, labels = target.shape, target.reshape(-1).contiguous()
     softmax = RowLoss(ignore_index, softcap=softcap, scale=logit_scale, temperature=temperature)
-    nll, lse, entropy, predicted = LigerVocabParallelLogprobsFunction.apply(
-        hidden.reshape(-1, hidden.shape[-1]), weight, labels, bias, softmax, mesh.get_group(), return_entropy,
-        workspace_bytes, return_token_accuracy or return_predicted_tokens, accum_dtype, False,
-    )  # fmt: skip
     loss = RowLoss(ignore_index, 0.0, lse_square_scale, token_scaling=use_token_scaling)
     factor = None if token_weight is None else token_weight.reshape(-1)
     given = prepare(labels, loss, hidden, ce_weight, reduction, factor, normalizer)
     label = labels.clamp(0, n_classes - 1)
-    keep, _, f_ce, f_z = factors(given, loss, nll.detach(), labels != ignore_index, label, n_classes)
-    z_loss = f_z * lse_square_scale * lse.square()
-    value = f_ce * keep * nll + z_loss if lse_square_scale else f_ce * keep * nll
+
+    def factors_of(nll, rows=slice(None)):
+        """Of nll and of lse^2 in the loss."""
+        live = labels[rows] != ignore_index
+        keep, _, f_ce, f_z = factors(given.take(rows), loss, nll.detach(), live, label[rows], n_classes)
+        return f_ce * keep, f_z * lse_square_scale
+
+    def derive(nll, lse, rows):
+        f, f_z = factors_of(nll, rows)
+        return f, 2.0 * f_z * lse if lse_square_scale else None
+
+    flat, group = hidden.reshape(-1, hidden.shape[-1]), mesh.get_group()
+    needs = tuple(x is not None and x.requires_grad and torch.is_grad_enabled() for x in (flat, weight, bias))
+    asked, grads = (return_entropy, return_token_accuracy or return_predicted_tokens), None
+    if any(needs) and is_early(reduction, head.product_dtype(flat)):
+        largest = -(-n_classes // mesh.size())
+        sizes = largest, *asked, workspace_bytes, accum_dtype
+        found, grads = run(flat, weight, labels, bias, softmax, group, derive, needs, *sizes)
+    else:
+        sizes = asked[0], workspace_bytes, asked[1], accum_dtype, False
+        found = LigerVocabParallelLogprobsFunction.apply(flat, weight, labels, bias, softmax, group, *sizes)
+    nll, lse, entropy, predicted = found
+    f, f_z = factors_of(nll)
+    z_loss = f_z * lse.square()
+    value = f * nll + z_loss if lse_square_scale else f * nll
     stats = Stats(value, z_loss=z_loss.detach(), predicted=predicted)
     total, z_loss, accuracy, predicted = finish(
         stats, labels, ignore_index, reduction, wide(hidden.dtype), return_z_loss, return_token_accuracy,
         return_predicted_tokens,
     )  # fmt: skip
+    if grads is not None:
+        total = _Formed.apply(total, grads, flat, weight, bias)
     if reduction == "none":
         total, z_loss = total.view(shape), None if z_loss is None else z_loss.view(shape)
     predicted = None if predicted is None else predicted.view(shape)
