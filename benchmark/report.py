@@ -95,7 +95,7 @@ def ops(data: dict) -> list[str]:
     behind = []
     for call, row in sorted(calls.items()):
         times = {p: _time(row[p]) for p in ("ours", *peers) if p in row}
-        others = {p: t for p, t in times.items() if p != "ours" and t}
+        others = {p: t for p, t in times.items() if p not in ("ours", "lean") and t}
         fastest = min(others, key=lambda p: others[p]) if others else None
         ours = row.get("ours", {"failed": "no"})
         cells = ["failed", "", "", "", "", ""] if "failed" in ours else _cells(ours, data)
@@ -158,7 +158,7 @@ def losses(data: dict) -> list[str]:
     for sizes, rows in groups.items():
         lines += [f"## Losses over a fused head, {sizes}, bf16", "", "| loss | | ms | MiB |"]
         lines += ["| --- | --- | ---: | ---: |", *(_loss(r) for r in rows), ""]
-    return [*lines, data["note"][0].upper() + data["note"][1:] + "."] if "note" in data else lines[:-1]
+    return lines[:-1]
 
 
 def _loss(r: dict) -> str:
@@ -179,7 +179,8 @@ def page() -> str:
         for start, table in KINDS.items():
             if path.name.startswith(start):
                 what = f"{data['card']}, torch {data['torch']}, triton {data['triton']}, commit {data['commit']}"
-                parts.append("\n".join([*table(data), "", f"{what}, {data['date'][:10]} (`{path.name}`)", ""]))
+                note = ["", data["note"][0].upper() + data["note"][1:] + "."] if "note" in data else []
+                parts.append("\n".join([*table(data), *note, "", f"{what}, {data['date'][:10]} (`{path.name}`)", ""]))
     return "\n".join(parts)
 
 

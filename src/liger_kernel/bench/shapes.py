@@ -69,7 +69,7 @@ class Draw:
         return self(rows, classes).mul_(3).log_softmax(-1)
 
     def table(self, seq: int, width: int) -> dict[str, torch.Tensor]:
-        angle = torch.rand(1, seq, width, device=self.device) * 6.3
+        angle = torch.cat([torch.rand(1, seq, width // 2, device=self.device) * 6.3] * 2, -1)  # as models make it
         return {"cos": angle.cos().to(self.dtype), "sin": angle.sin().to(self.dtype)}
 
     def head(self, classes: int, width: int) -> torch.Tensor:
