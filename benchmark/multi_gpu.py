@@ -16,6 +16,7 @@ the processes are joined by gloo, for a trial of the program with --model tiny.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -84,6 +85,7 @@ def work(given: dict) -> None:
         kind = "out_of_memory" if isinstance(problem, torch.OutOfMemoryError) else "failed"
         _say({kind: f"{type(problem).__name__}: {problem}".splitlines()[0]})
         os._exit(1)
+    gc.collect()  # the wrapped model, which is a cycle: torch can hang where it outlives its process group
     dist.destroy_process_group()
 
 

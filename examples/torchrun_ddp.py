@@ -1,6 +1,7 @@
 """A patched model under DistributedDataParallel: torchrun --nproc-per-node 2 examples/torchrun_ddp.py [--steps 3]"""
 
 import argparse
+import gc
 import os
 
 import torch
@@ -16,6 +17,12 @@ def main(args: argparse.Namespace) -> None:
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo")
+    train(args, device)
+    gc.collect()  # the wrapped model, which is a cycle: torch can hang where it outlives its process group
+    dist.destroy_process_group()
+
+
+def train(args: argparse.Namespace, device: torch.device) -> None:
     model = load(args.model).to(device)
     apply_liger_kernel(model)
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
@@ -27,7 +34,6 @@ def main(args: argparse.Namespace) -> None:
         optimizer.zero_grad()
         if dist.get_rank() == 0:
             print(f"loss: {loss.item():.4f}", flush=True)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """On two ranks: the ORPO loss of a wrapped model, and its gradients, against those of the model alone, as JSON."""
 
+import gc
 import json
 import types
 
@@ -47,8 +48,7 @@ def gradients(kind, found):
     return [p.grad.full_tensor() if kind == "fsdp2" else p.grad for p in unwrapped(found).parameters()]
 
 
-def main():
-    dist.init_process_group("gloo")
+def errors():
     trainer = object.__new__(LigerORPOTrainer)  # what its loss reads, without what trains
     trainer.orpo_loss, trainer.padding_value = LigerFusedLinearORPOLoss(), 0
     trainer.accelerator = types.SimpleNamespace(device=CPU, unwrap_model=unwrapped)
@@ -56,16 +56,23 @@ def main():
     losses = [trainer.concatenated_forward(alone, batch(seed))[0] for seed in range(2)]
     (sum(losses) / 2).backward()
     wanted = [p.grad for p in alone.parameters()]
-    errors = {}
+    worst = {}
     for kind in ("fsdp1", "fsdp2", "ddp"):
         found = wrapped(kind)
         loss, _ = trainer.concatenated_forward(found, batch(dist.get_rank()))
         loss.backward()
         pairs = zip([loss.detach(), *gradients(kind, found)], [losses[dist.get_rank()].detach(), *wanted], strict=True)
-        errors[kind] = max([(a - b).abs().max().item() for a, b in pairs])
+        worst[kind] = max([(a - b).abs().max().item() for a, b in pairs])
+    return worst
+
+
+def main():
+    dist.init_process_group("gloo")
+    found = errors()
     if dist.get_rank() == 0:
-        print("RESULT " + json.dumps(errors))
+        print("RESULT " + json.dumps(found))
     dist.barrier()
+    gc.collect()  # the wrapped models, which are cycles: torch can hang where they outlive their process group
     dist.destroy_process_group()
 
 
