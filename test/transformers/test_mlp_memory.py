@@ -99,3 +99,25 @@ def test_the_environment_can_have_it_kept(device, products, monkeypatch):
     monkeypatch.setenv(mlp.KEEP, "1")
     gradients(patched(PAIRED, device), torch.randint(3, 200, (2, 16), device=device))
     assert len(products) == 2
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("model_type", [PAIRED, GELU])
+def test_the_gradient_of_the_gate_takes_its_place(model_type, checkpointed, device):
+    """So that a backward needs three tensors of the MLP's width, not five."""
+    model, places, grads = patched(model_type, device), [], []
+    model.config.use_cache = False
+    if checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def note(_module, _inputs, gate):
+        again = torch._C._current_graph_task_id() != -1
+        if again or not checkpointed:
+            places.append(gate.data_ptr())
+        if not again:  # the graph that is run backwards
+            gate.register_hook(lambda g: grads.append(g.data_ptr()))
+
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.register_forward_hook(note)
+    gradients(model, torch.randint(3, 200, (2, 16), device=device))
+    assert len(places) == 2 and sorted(grads) == sorted(places)

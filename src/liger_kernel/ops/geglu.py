@@ -7,7 +7,7 @@
 Shapes    a, b, c: (...), one shape.
 Numerics  forward rounds gelu and then the product to the dtype, as transformers does; backward of the kernels is fp32
           with one cast at the end.
-Memory    keeps a and b and recomputes gelu; da and db are fresh.
+Memory    keeps a and b and recomputes gelu; da and db lie over a and b where nobody else holds these (ops/spare.py).
 Needs     a and b of one dtype on one device.
 """
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from liger_kernel.ops.compat import geglu_backward, geglu_forward  # noqa: F401  upstream's helper signatures
 from liger_kernel.ops.core import Case, Contract, Kernels, kernels, outputs
+from liger_kernel.ops.spare import spare
 from liger_kernel.ops.swiglu import check as check_gated
 
 APPROXIMATIONS = ("tanh", "none")
@@ -38,10 +39,11 @@ def _forward(a, b, approximate):
     return F.gelu(a, approximate=approximate).mul_(b)
 
 
-def _backward(dc, a, b, approximate):
+def _backward(dc, a, b, approximate, in_place=False):
     da = dc * b
-    torch.ops.aten.gelu_backward.grad_input(da, a, approximate=approximate, grad_input=da)  # no third buffer
-    return da, F.gelu(a, approximate=approximate).mul_(dc)
+    db = torch.ops.aten.gelu.out(a, approximate=approximate, out=b if in_place else torch.empty_like(b)).mul_(dc)
+    found = a if in_place else da
+    return torch.ops.aten.gelu_backward.grad_input(da, a, approximate=approximate, grad_input=found), db
 
 
 TORCH = Kernels(_forward, _backward)
@@ -63,8 +65,9 @@ class LigerGELUMulFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dc):
-        a, b = ctx.saved_tensors
-        return *kernels("geglu", a).backward(dc.contiguous(), a, b, ctx.approximate), None
+        a, b = saved = ctx.saved_tensors
+        over = spare(saved)
+        return *kernels("geglu", a).backward(dc.contiguous(), a, b, ctx.approximate, over), None
 
 
 # Functional

@@ -7,7 +7,7 @@
 Shapes    a, b, c: (...), one shape. Packed: y (..., 2I) holds a, then b, in its last dim; c (..., I).
 Numerics  forward rounds to the dtype where transformers does: gate_multiplier * a, silu, the product, down_multiplier.
           backward of the kernels is fp32 with one cast at the end.
-Memory    keeps a and b (or y) and recomputes silu; da and db are fresh.
+Memory    keeps a and b (or y) and recomputes silu; da and db lie over a and b where nobody else holds these (ops/spare.py).
 Needs     a and b of one dtype on one device.
 """
 
@@ -23,6 +23,7 @@ from liger_kernel.ops.compat import (  # noqa: F401  upstream's helper signature
     swiglu_fused_gate_up_forward,
 )
 from liger_kernel.ops.core import Case, Contract, Kernels, kernels, outputs
+from liger_kernel.ops.spare import spare
 
 # Reference
 
@@ -53,15 +54,15 @@ def _backward(dc, a, b, gate_multiplier, down_multiplier, in_place=False):
     if down_multiplier != 1.0:
         dc = dc * down_multiplier
     if gate_multiplier == 1.0:
-        return _gradients(dc, a, b)
+        return _gradients(dc, a, b, in_place)
     da, db = _gradients(dc, a * gate_multiplier, b)
     return da.mul_(gate_multiplier), db
 
 
-def _gradients(dc, a, b):
+def _gradients(dc, a, b, in_place=False):
     da = dc * b
-    torch.ops.aten.silu_backward.grad_input(da, a, grad_input=da)  # no third buffer
-    return da, F.silu(a).mul_(dc)
+    db = torch.ops.aten.silu.out(a, out=b if in_place else torch.empty_like(b)).mul_(dc)
+    return torch.ops.aten.silu_backward.grad_input(da, a, grad_input=a if in_place else da), db
 
 
 TORCH = Kernels(_forward, _backward)
@@ -83,8 +84,9 @@ class LigerSiLUMulFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dc):
-        a, b = ctx.saved_tensors
-        return *kernels("swiglu", a).backward(dc.contiguous(), a, b, *ctx.options), None, None
+        a, b = saved = ctx.saved_tensors
+        over = spare(saved)
+        return *kernels("swiglu", a).backward(dc.contiguous(), a, b, *ctx.options, over), None, None
 
 
 class LigerFusedGateUpSiLUMulFunction(torch.autograd.Function):
@@ -103,8 +105,9 @@ class LigerFusedGateUpSiLUMulFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dc):
-        (y,) = ctx.saved_tensors
-        return kernels("swiglu", y).backward(dc.contiguous(), y, None, 1.0, 1.0, ctx.in_place)[0], None
+        (y,) = saved = ctx.saved_tensors
+        over = ctx.in_place or spare(saved)
+        return kernels("swiglu", y).backward(dc.contiguous(), y, None, 1.0, 1.0, over)[0], None
 
 
 # Functional

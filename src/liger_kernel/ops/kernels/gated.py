@@ -121,9 +121,9 @@ def forward(a, b, act, gate=1.0, down=1.0, config=None):
     return c
 
 
-def backward(dc, a, b, act, gate=1.0, down=1.0, config=None):
-    """-> da, db in fresh memory."""
-    da, db = torch.empty_like(a), torch.empty_like(b)
+def backward(dc, a, b, act, gate=1.0, down=1.0, in_place=False, config=None):
+    """-> da, db; in_place writes them over a and b."""
+    da, db = (a, b) if in_place else (torch.empty_like(a), torch.empty_like(b))
     _run(_backward_kernel, (dc, a, b, da, db), 1, a.numel(), 1, act, gate, down, a.device, config)
     return da, db
 

@@ -13,9 +13,9 @@ def geglu_forward(a, b, approximate, config=None):
     return gated.forward(a, b, ACT[approximate], config=config)
 
 
-def geglu_backward(dc, a, b, approximate, config=None):
-    """-> da, db."""
-    return gated.backward(dc, a, b, ACT[approximate], config=config)
+def geglu_backward(dc, a, b, approximate, in_place=False, config=None):
+    """-> da, db; in_place writes them over a and b."""
+    return gated.backward(dc, a, b, ACT[approximate], in_place=in_place, config=config)
 
 
 KERNELS = Kernels(geglu_forward, geglu_backward)

@@ -14,10 +14,10 @@ def swiglu_forward(a, b, gate_multiplier, down_multiplier, config=None):
 
 
 def swiglu_backward(dc, a, b, gate_multiplier, down_multiplier, in_place=False, config=None):
-    """-> da, db; in the packed form dy, None, where in_place may write dy over y."""
+    """-> da, db; in the packed form dy, None. in_place may write them over a and b."""
     if b is None:
         return gated.packed_backward(dc, a, "silu", in_place, config), None
-    return gated.backward(dc, a, b, "silu", gate_multiplier, down_multiplier, config)
+    return gated.backward(dc, a, b, "silu", gate_multiplier, down_multiplier, in_place, config)
 
 
 KERNELS = Kernels(swiglu_forward, swiglu_backward)

@@ -1,0 +1,78 @@
+"""Saved tensors that a backward may write its gradients over: those that nobody can read any more.
+
+A tensor is spare when the graph is not kept for another backward and everybody who holds it is the backward itself.
+Holders are counted: names in Python, handles in C++ and users of the storage, which views and detached copies are. How
+many the backward alone makes depends on Python and torch, so it is learned from a Function of two numbers. What the
+count does not know (hooks on saved tensors, an older torch) is taken for somebody else.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+import torch
+
+
+def spare(saved: tuple[torch.Tensor, ...]) -> bool:
+    """Whether all of `saved`, which is what `a, b = saved = ctx.saved_tensors` names, may be written over.
+
+    To be called in a Function's backward on its own, not as an argument beside them, which would hold them too.
+    """
+    if torch.compiler.is_compiling() or not _COUNTS:
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph() and set(_holders(saved)) <= _alone()
+
+
+# torch >= 2.6
+_COUNTS = hasattr(torch._C._autograd, "_get_current_graph_task_keep_graph") and hasattr(torch.Tensor, "_use_count")
+
+
+def _holders(saved) -> list[tuple[int, int, int]]:
+    """(references in Python, handles in C++, users of the storage) of each tensor."""
+    return [
+        (sys.getrefcount(x), x._use_count(), torch._C._storage_Use_Count(x.untyped_storage()._cdata)) for x in saved
+    ]
+
+
+class _Watched(torch.autograd.Function):
+    """The product of two tensors, whose backward notes who holds them in `seen`."""
+
+    @staticmethod
+    def forward(ctx, a, b, seen):
+        ctx.save_for_backward(a, b)
+        ctx.seen = seen
+        return a * b
+
+    @staticmethod
+    def backward(ctx, dc):
+        a, b = saved = ctx.saved_tensors
+        ctx.seen.extend(_holders(saved))
+        return dc * b, dc * a, None
+
+
+@functools.cache
+def _alone() -> frozenset[tuple[int, int, int]]:
+    """The counts of a tensor that only its backward holds: of one that was saved, and of one made by checkpointing."""
+    from torch.utils.checkpoint import checkpoint
+
+    def counts(others: list, keep=None, checkpointed=False) -> set:
+        def product(x):
+            a, b = x + 1, x + 2
+            if keep is not None:
+                others.extend([keep(a), keep(b)])
+            return _Watched.apply(a, b, seen)
+
+        seen: list = []
+        x = torch.ones(1, requires_grad=True)
+        y = checkpoint(product, x, use_reentrant=False) if checkpointed else product(x)
+        y.sum().backward()
+        return set(seen)
+
+    if torch._C._autograd._top_saved_tensors_default_hooks(False):
+        return frozenset()
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        ways = (False, True)
+        found = [counts([], checkpointed=way) for way in ways]
+        shared = [counts([], keep, way) for way in ways for keep in (lambda t: t, torch.Tensor.detach, lambda t: t[:])]
+    return frozenset.union(*map(frozenset, found)) - frozenset.union(*map(frozenset, shared))
