@@ -7,11 +7,13 @@
 Shapes    a, b, c: (...), one shape.
 Numerics  forward rounds gelu and then the product to the dtype, as transformers does; backward of the kernels is fp32
           with one cast at the end.
-Memory    keeps a and b and recomputes gelu; da and db lie over a and b where nobody else holds these (ops/spare.py).
+Memory    keeps a and b and recomputes gelu; da and db lie over them where nobody else holds them.
 Needs     a and b of one dtype on one device.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +43,8 @@ def _forward(a, b, approximate):
 
 def _backward(dc, a, b, approximate, in_place=False):
     da = dc * b
-    db = torch.ops.aten.gelu.out(a, approximate=approximate, out=b if in_place else torch.empty_like(b)).mul_(dc)
+    gelu = functools.partial(torch.ops.aten.gelu.out, out=b) if in_place else F.gelu
+    db = gelu(a, approximate=approximate).mul_(dc)
     found = a if in_place else da
     return torch.ops.aten.gelu_backward.grad_input(da, a, approximate=approximate, grad_input=found), db
 

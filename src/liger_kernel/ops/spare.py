@@ -8,6 +8,7 @@ count does not know (hooks on saved tensors, an older torch) is taken for somebo
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 
@@ -53,26 +54,38 @@ class _Watched(torch.autograd.Function):
 
 @functools.cache
 def _alone() -> frozenset[tuple[int, int, int]]:
-    """The counts of a tensor that only its backward holds: of one that was saved, and of one made by checkpointing."""
-    from torch.utils.checkpoint import checkpoint
+    """The counts of a tensor that only its backward holds: one that was saved, or that a hook has just made again.
 
-    def counts(others: list, keep=None, checkpointed=False) -> set:
-        def product(x):
-            a, b = x + 1, x + 2
-            if keep is not None:
-                others.extend([keep(a), keep(b)])
-            return _Watched.apply(a, b, seen)
-
-        seen: list = []
-        x = torch.ones(1, requires_grad=True)
-        y = checkpoint(product, x, use_reentrant=False) if checkpointed else product(x)
-        y.sum().backward()
-        return set(seen)
-
+    The hooks of checkpointing do so; it is not called here, as its first call imports torch's compiler.
+    """
     if torch._C._autograd._top_saved_tensors_default_hooks(False):
         return frozenset()
-    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        ways = (False, True)
-        found = [counts([], checkpointed=way) for way in ways]
-        shared = [counts([], keep, way) for way in ways for keep in (lambda t: t, torch.Tensor.detach, lambda t: t[:])]
-    return frozenset.union(*map(frozenset, found)) - frozenset.union(*map(frozenset, shared))
+    shared = (lambda t: t, torch.Tensor.detach, lambda t: t[:])
+    with torch.enable_grad():
+        alone = _counts(None, False) | _counts(None, True)
+        return frozenset(alone.difference(*(_counts(keep, again) for keep in shared for again in (False, True))))
+
+
+def _counts(keep, again: bool) -> set[tuple[int, int, int]]:
+    """Who holds two tensors in a backward: it alone, or keep(tensor) as well; again: hooks have made them again."""
+    seen: list = []
+    kept: list = []
+
+    def pack(x):
+        return [x.detach().clone()]
+
+    def unpack(box):
+        x = box.pop()
+        if keep is not None:
+            kept.append(keep(x))
+        return x
+
+    x = torch.ones(1, requires_grad=True)
+    a, b = x + 1, x + 2
+    if keep is not None and not again:
+        kept += [keep(a), keep(b)]
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack) if again else contextlib.nullcontext():
+        product = _Watched.apply(a, b, seen)
+    del a, b
+    product.backward()
+    return set(seen)

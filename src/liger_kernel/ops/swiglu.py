@@ -7,7 +7,7 @@
 Shapes    a, b, c: (...), one shape. Packed: y (..., 2I) holds a, then b, in its last dim; c (..., I).
 Numerics  forward rounds to the dtype where transformers does: gate_multiplier * a, silu, the product, down_multiplier.
           backward of the kernels is fp32 with one cast at the end.
-Memory    keeps a and b (or y) and recomputes silu; da and db lie over a and b where nobody else holds these (ops/spare.py).
+Memory    keeps a and b (or y) and recomputes silu; da and db lie over them where nobody else holds them.
 Needs     a and b of one dtype on one device.
 """
 
@@ -61,7 +61,7 @@ def _backward(dc, a, b, gate_multiplier, down_multiplier, in_place=False):
 
 def _gradients(dc, a, b, in_place=False):
     da = dc * b
-    db = torch.ops.aten.silu.out(a, out=b if in_place else torch.empty_like(b)).mul_(dc)
+    db = (torch.ops.aten.silu.out(a, out=b) if in_place else F.silu(a)).mul_(dc)
     return torch.ops.aten.silu_backward.grad_input(da, a, grad_input=a if in_place else da), db
 
 
