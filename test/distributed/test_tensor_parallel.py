@@ -47,11 +47,20 @@ CASES = {
 }
 
 
+def compared(ranks, case, **flags) -> list[dict]:
+    how, options = CASES[case]
+    try:
+        return ranks(compare, how=how, options=options, flags=flags)
+    except AssertionError as error:
+        if "must be divisible by the tensor parallel size" in str(error):  # 5.17; 5.24 has no such limit
+            pytest.skip("this transformers splits a vocabulary into equal parts only")
+        raise
+
+
 @pytest.mark.nccl
 @pytest.mark.parametrize("case", CASES)
 def test_the_head_stays_split_and_gathers_no_logits(ranks, case):
-    how, options = CASES[case]
-    for found in ranks(compare, how=how, options=options, flags={}):
+    for found in compared(ranks, case):
         check(found)
         assert found["lazy"]
         # transformers has put a forward of its own there, which sums their gradients
@@ -64,8 +73,7 @@ def test_the_head_stays_split_and_gathers_no_logits(ranks, case):
 @pytest.mark.nccl
 @pytest.mark.parametrize("case", CASES)
 def test_norms_mlp_and_rope_add_no_collective(ranks, case):
-    how, options = CASES[case]
-    for found in ranks(compare, how=how, options=options, flags={"fused_linear_cross_entropy": False}):
+    for found in compared(ranks, case, fused_linear_cross_entropy=False):
         check(found)
         assert found["counts"][0] == found["counts"][1]
 
