@@ -11,7 +11,7 @@ Shapes    x: (..., n, C), seen as R rows of K = n C; phi: (K, M), b: (M,), M = 2
 Numerics  all in fp32 (products of two equal 16-bit dtypes, summed in fp32). Sinkhorn's eps is where DeepSeek has it:
           the first columns are a softmax + eps, every later sum s is sum + eps. The gradient is that of all steps.
 Memory    keeps x, phi, h_res, m and r; backward runs Sinkhorn again and keeps each step's sums while it does.
-Needs     one device.
+Needs     one device. Of more than 8 streams, plain torch.
 """
 
 from __future__ import annotations
@@ -92,6 +92,14 @@ def _backward(d_pre, d_post, d_res, x, phi, scale, b, h_res, mix, rstd, tmax, si
 
 TORCH = Kernels(_forward, _backward)
 
+# Of more, the tiles of phi (M > 80 wide) do not fit the memory of every GPU's core: 172 KB at 12, of an Ampere's 99.
+MOST_STREAMS = 8
+
+
+def _pair(x) -> Kernels:
+    """What runs on x (R, n, C)."""
+    return kernels("mhc_coeffs", x) if x.shape[1] <= MOST_STREAMS else TORCH
+
 
 # Autograd
 
@@ -113,8 +121,7 @@ class LigerMHCCoeffsFunction(torch.autograd.Function):
         x, phi = x.reshape(-1, *x.shape[-2:]).contiguous(), phi.contiguous()
         ctx.b_dtype, b = b.dtype, b.to(dtype).contiguous()
         scale = torch.cat([a.reshape(1).to(dtype).expand(k) for a, k in zip(alphas, (n, n, n * n))])
-        pair = kernels("mhc_coeffs", x)
-        *found, mix, rstd = pair.forward(x, phi, scale, b, tmax, rms_eps, pre_eps, sinkhorn_eps, post_mult)
+        *found, mix, rstd = _pair(x).forward(x, phi, scale, b, tmax, rms_eps, pre_eps, sinkhorn_eps, post_mult)
         ctx.save_for_backward(x, phi, scale, b, found[2], mix, rstd)
         ctx.options = tmax, sinkhorn_eps, post_mult
         lead = ctx.shape[:-2]
@@ -124,7 +131,7 @@ class LigerMHCCoeffsFunction(torch.autograd.Function):
     def backward(ctx, d_pre, d_post, d_res):
         saved, n = ctx.saved_tensors, ctx.shape[-2]
         grads = (d.reshape(-1, *size).contiguous() for d, size in ((d_pre, (n,)), (d_post, (n,)), (d_res, (n, n))))
-        dx, dphi, dscale, db = kernels("mhc_coeffs", saved[0]).backward(*grads, *saved, *ctx.options)
+        dx, dphi, dscale, db = _pair(saved[0]).backward(*grads, *saved, *ctx.options)
         parts = dscale.split((n, n, n * n))
         d_alphas = [part.sum().to(dtype).view(shape) for part, (shape, dtype) in zip(parts, ctx.alphas)]
         return dx.view(ctx.shape), dphi, db.to(ctx.b_dtype), *d_alphas, *[None] * 6
@@ -193,6 +200,7 @@ def _case(shape, dtype, device, spread=1.0, **options):
 def _cases(dtype, device):
     cases = [_case(s, dtype, device) for s in ((2, 9, 4, 64), (7, 3, 41), (0, 4, 8), (3, 2, 300))]
     cases.append(_case((70, 2, 24), dtype, device, spread=2.0, tmax=3, pre_eps=0.01, sinkhorn_eps=1e-3, post_mult=1.5))
+    cases.append(_case((3, 9, 8), dtype, device, tmax=2))
     return [*cases, _case((5, 1, 20), dtype, device), _case((6, 4, 16), dtype, device, tmax=1, rms_eps=1e-2)]
 
 
