@@ -1,6 +1,8 @@
 """Helpers of the tests of the fused head."""
 
 import copy
+import itertools
+import random
 
 import torch
 
@@ -42,3 +44,20 @@ def agree(model, fused, given, rtol=1e-5, **kwargs):
             compared += 1
     assert compared
     return output, other
+
+
+def pairwise(values, allowed=lambda row: True):
+    """Rows in which every pair of values of two options occurs at least once, where that is allowed at all."""
+
+    def pairs(row):
+        return set(itertools.combinations(sorted(row.items(), key=lambda kv: kv[0]), 2))
+
+    choose, names = random.Random(0), list(values)
+    grid = [{n: choose.choice(values[n]) for n in names} for _ in range(3000)]
+    grid = [row for row in grid if allowed(row)]
+    missing = set().union(*map(pairs, grid))
+    rows = []
+    while missing:
+        rows.append(max(grid[:600] if len(missing) > 40 else grid, key=lambda row: len(missing & pairs(row))))
+        missing -= pairs(rows[-1])
+    return rows

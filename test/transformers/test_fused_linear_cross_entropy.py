@@ -2,46 +2,37 @@
 
 import dataclasses
 import itertools
-import random
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from liger_kernel.ops import fused_linear_cross_entropy as room
-from liger_kernel.ops import head
+from liger_kernel.ops import head, weight_sum
 from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, functional
 from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
+from liger_kernel.transformers.functional import liger_fused_linear_logprobs as logprobs
+
+from support_head import pairwise
 
 VALUES = dict(
     bias=(False, True), ce_weight=(False, True), lse_square_scale=(0.0, 1e-2), label_smoothing=(0.0, 0.1),
-    reduction=("mean", "sum", "none"), softcap=(None, 4.0), use_token_scaling=(False, True), logit_scale=(1.0, 0.3),
-    temperature=(1.0, 0.6, "tensor"), token_weight=(False, True), normalizer=(None, 7, "tensor"),
-    ignore_index=(-100, 2), return_token_accuracy=(False, True), workspace_bytes=(1, 600, None),
-    accum_dtype=(None, torch.float32), vocab_slice=(None, (0, 20), (3, 19)),
+    reduction=("mean", "sum", "none"), softcap=(None, 4.0), use_token_scaling=(False, True),
+    logit_scale=(1.0, 0.3, "tensor"), temperature=(1.0, 0.6, "tensor"), token_weight=(False, True),
+    normalizer=(None, 7, "tensor"), ignore_index=(-100, 2), asked=(False, True), workspace_bytes=(1, 600, None),
+    accum_dtype=(None, torch.float32), vocab_slice=(None, (0, 20), (3, 19)), low_rank=(False, True),
 )  # fmt: skip
+# of a difference between sums of nine rows and 21 classes: (loss, gradients)
+SLACK = {torch.float32: (2e-5, 1e-4), torch.float64: (1e-13, 1e-12)}
 
 
-def pairwise(values):
-    """Rows in which every pair of values of two options occurs at least once, where that is allowed at all."""
-
-    def pairs(row):
-        return set(itertools.combinations(sorted(row.items(), key=lambda kv: kv[0]), 2))
-
-    def allowed(row):
-        return not (row["reduction"] == "none" and row["normalizer"] is not None)
-
-    choose, names = random.Random(0), list(values)
-    grid = [{n: choose.choice(values[n]) for n in names} for _ in range(3000)]
-    grid = [row for row in grid if allowed(row)]
-    missing = set().union(*map(pairs, grid))
-    rows = []
-    while missing:
-        rows.append(max(grid[:600] if len(missing) > 40 else grid, key=lambda row: len(missing & pairs(row))))
-        missing -= pairs(rows[-1])
-    return rows
+def allowed(row):
+    return not (row["reduction"] == "none" and row["normalizer"] is not None)
 
 
 def problem(rows=9, width=8, classes=21, dtype=torch.float32, device="cpu", bias=False):
@@ -57,38 +48,106 @@ def low_rank_term(rows=9, rank=3, classes=21, dtype=torch.float32, device="cpu")
     return tuple(torch.randn(n, rank, dtype=dtype, device=device, requires_grad=True) for n in (rows, classes))
 
 
-@pytest.mark.parametrize("row", pairwise(VALUES), ids=lambda row: "-".join(str(v) for v in row.values()))
-def test_options_go_together(row, impl, device):
-    row = dict(row)
-    x, weight, target, b = problem(device=device, bias=row.pop("bias"))
-    if row["ignore_index"] != -100:
-        target = target.where(target != -100, row["ignore_index"])
+def torch_loss(x, weight, target, bias, low_rank, row):
+    """The loss in nothing but torch's own functions, and the logits after scale, cap and temperature."""
+    part = slice(*row["vocab_slice"]) if row["vocab_slice"] else slice(None)
+    z = F.linear(x, weight[part], None if bias is None else bias[part])
+    if low_rank is not None:
+        z = z + F.linear(low_rank[0], low_rank[1][part])
+    z = z * row["logit_scale"]
+    if row["softcap"] is not None:
+        z = row["softcap"] * torch.tanh(z / row["softcap"])
+    z = z / row["temperature"]
+    live = target != row["ignore_index"]
+    y, class_weight = target.where(live, 0), row["ce_weight"]
+    ce = F.cross_entropy(z, y, class_weight, reduction="none", label_smoothing=row["label_smoothing"])
+    z_loss = row["lse_square_scale"] * z.logsumexp(-1).square()
+    factor = live.double()
+    if row["use_token_scaling"]:
+        factor = factor * z.softmax(-1).gather(1, y[:, None]).squeeze(1).detach()
+    if row["token_weight"] is not None:
+        factor = factor * row["token_weight"]
+    if row["reduction"] == "none":
+        return factor * (ce + z_loss), z
+    if row["normalizer"] is not None:
+        return (factor * (ce + z_loss)).sum() / 7, z
+    if row["reduction"] == "sum":
+        return (factor * (ce + z_loss)).sum(), z
+    count = live.sum()
+    weights = count if class_weight is None else (class_weight[y] * live).sum()
+    return (factor * ce).sum() / weights + (factor * z_loss).sum() / count, z
+
+
+def check_row(row, dtype, device):
+    x, weight, target, b = problem(dtype=dtype, device=device, bias=row["bias"])
+    low_rank = low_rank_term(dtype=dtype, device=device) if row["low_rank"] else None
     low, high = row["vocab_slice"] or (0, 21)
-    target = target.where(target == row["ignore_index"], target % (high - low))
-    ce_weight = torch.rand(high - low, device=device) + 0.1 if row.pop("ce_weight") else None
-    token_weight = torch.rand(9, device=device) if row.pop("token_weight") else None
-    normalizer = row.pop("normalizer")
-    if row["temperature"] == "tensor":
-        row["temperature"] = torch.tensor(0.6, device=device)
-    ours = fused(
-        x, weight, target, b, ce_weight=ce_weight, token_weight=token_weight,
-        normalizer=torch.tensor(7, device=device) if normalizer == "tensor" else normalizer, **row,
-    )  # fmt: skip
-    if normalizer is not None:
-        row["reduction"] = "sum"
-    leaves = [None if t is None else t.detach().double().requires_grad_() for t in (x, weight, b)]
-    truth, _, accuracy, _ = room.reference(*leaves, target, token_weight, ce_weight=ce_weight, **row)
-    truth = truth / 7 if normalizer is not None else truth
-    if row["return_token_accuracy"]:
-        torch.testing.assert_close(ours.token_accuracy, accuracy)
+    target = target.where(target == -100, target % (high - low)).where(target != -100, row["ignore_index"])
+    given = {k: v for k, v in row.items() if k not in ("bias", "low_rank", "asked")}
+    given["ce_weight"] = torch.rand(high - low, device=device).to(dtype) + 0.1 if row["ce_weight"] else None
+    given["token_weight"] = torch.rand(9, device=device).to(dtype) if row["token_weight"] else None
+    on_device = dict(logit_scale=torch.tensor(0.3, dtype=dtype), temperature=torch.tensor(0.6, dtype=dtype),
+                     normalizer=torch.tensor(7))  # fmt: skip
+    given |= {k: v.to(device) for k, v in on_device.items() if row[k] == "tensor"}
+    if row["accum_dtype"] is not None:
+        given["accum_dtype"] = dtype
+    asked = dict.fromkeys(("return_z_loss", "return_token_accuracy", "return_predicted_tokens", "return_entropy"), True)
+    ours = fused(x, weight, target, b, low_rank=low_rank, **given, **(asked if row["asked"] else {}))
+
+    leaves = [t for t in (x, weight, b, *(low_rank or ())) if t is not None]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    given |= {k: v.double() for k, v in given.items() if isinstance(v, torch.Tensor)}
+    wide_b = wide[2] if row["bias"] else None
+    truth, z = torch_loss(wide[0], wide[1], target, wide_b, wide[-2:] if low_rank else None, given)
+    slack, slack_of_gradients = SLACK[dtype]
+    if row["asked"]:
+        live, log_p = target != row["ignore_index"], z.log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1) * live
+        torch.testing.assert_close(ours.entropy.double(), entropy, rtol=slack, atol=slack)
+        assert torch.equal(ours.predicted_tokens, z.argmax(-1).where(live, -1))
+        torch.testing.assert_close(
+            ours.token_accuracy.double(), (z.argmax(-1) == target)[live].double().mean(), rtol=1e-6, atol=0
+        )  # a quotient in fp32
+        without = {**given, "lse_square_scale": 0.0}
+        z_loss = truth - torch_loss(wide[0], wide[1], target, wide_b, wide[-2:] if low_rank else None, without)[0]
+        torch.testing.assert_close(ours.z_loss.double(), z_loss.detach(), rtol=slack, atol=slack)
         ours = ours.loss
-    torch.testing.assert_close(ours.double(), truth, rtol=2e-5, atol=2e-5)  # fp32 sums of nine rows
+    torch.testing.assert_close(ours.double(), truth, rtol=slack, atol=slack)
     upstream = torch.randn_like(truth)
-    ours.backward(upstream.to(ours))
-    truth.backward(upstream)
-    for ours_of, truth_of in zip((x, weight, b), leaves):
-        if ours_of is not None:
-            torch.testing.assert_close(ours_of.grad.double(), truth_of.grad, rtol=1e-4, atol=2e-5)
+    for got, expected in zip(
+        torch.autograd.grad(ours, leaves, upstream.to(ours)), torch.autograd.grad(truth, wide, upstream), strict=True
+    ):
+        torch.testing.assert_close(got.double(), expected, rtol=slack_of_gradients, atol=slack_of_gradients / 5)
+
+
+@pytest.mark.parametrize("row", pairwise(VALUES, allowed), ids=lambda row: "-".join(str(v) for v in row.values()))
+@pytest.mark.parametrize("dtype", SLACK)
+def test_options_go_together(row, dtype, impl, device):
+    check_row(row, dtype, device)
+
+
+# Options that leave the choice of plain torch, see SMALL.
+BESIDE_PLAIN = ("lse_square_scale", "use_token_scaling", "token_weight", "asked", "low_rank", "workspace_bytes")
+PLAIN = {k: (VALUES[k][-1] if k == "workspace_bytes" else VALUES[k][0],) if k in BESIDE_PLAIN else v
+         for k, v in VALUES.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", pairwise(PLAIN, allowed), ids=lambda row: "-".join(str(v) for v in row.values()))
+@pytest.mark.parametrize("dtype", SLACK)
+def test_options_go_together_in_plain_torch(row, dtype, monkeypatch):
+    monkeypatch.setattr(room, "SMALL", 9 * 21)
+    monkeypatch.setattr(room.LigerFusedLinearCrossEntropyFunction, "apply", lambda *args: pytest.fail("the engine ran"))
+    check_row(row, dtype, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("rows, plain", [(9, True), (10, False)])
+def test_plain_torch_up_to_a_number_of_logits(rows, plain, monkeypatch):
+    monkeypatch.setattr(room, "SMALL", 9 * 21)
+    ran, own = [], room.LigerFusedLinearCrossEntropyFunction.apply
+    monkeypatch.setattr(room.LigerFusedLinearCrossEntropyFunction, "apply", lambda *args: ran.append(1) or own(*args))
+    x, weight, target, _ = problem(rows)
+    torch.testing.assert_close(fused(x, weight, target), F.cross_entropy(F.linear(x, weight), target))
+    assert bool(ran) != plain
 
 
 def relative_error(got, truth):
@@ -103,12 +162,82 @@ def test_weight_gradient_is_independent_of_the_number_of_chunks(device):
     F.cross_entropy(F.linear(x, weight).float(), target).backward()
     torchs = relative_error(weight.grad, truth)
     errors = []
-    for chunks in (1, 2, 8, 64):
+    for chunks in (1, 2, 4, 8, 16, 32, 64):
         weight.grad = None
-        fused(x, weight, target, workspace_bytes=1024 // chunks * 64 * 2).backward()
+        budget = 1024 // chunks * 64 * 2
+        assert head.chunk_rows(1024, 64, torch.bfloat16, device, True, budget) == 1024 // chunks
+        fused(x, weight, target, workspace_bytes=budget).backward()
         errors.append(relative_error(weight.grad, truth))
     assert max(errors) < 1.2 * min(errors), errors
     assert max(errors) < 1.1 * torchs, (errors, torchs)
+
+
+class Allocated(TorchDispatchMode):
+    """The memory of every result of at least `least` elements in fp32, for as long as it lives."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.least, self.seen, self.peak = least, {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.dtype is torch.float32 and t.numel() >= self.least:
+                self.seen[t.untyped_storage()._cdata] = (
+                    StorageWeakRef(t.untyped_storage()),
+                    t.untyped_storage().nbytes(),
+                )
+        self.peak = max(self.peak, self.now())
+        return out
+
+    def now(self):
+        return sum(size for ref, size in self.seen.values() if not ref.expired())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_one_fp32_buffer_of_the_weights_size_at_most_and_none_after_the_forward(chunks, reduction, monkeypatch, device):
+    monkeypatch.setattr(weight_sum, "SLAB", 1024)  # of the temporaries, which are not this large in earnest
+    rows, width, classes = 32, 64, 96
+    x, weight, target, _ = problem(rows, width, classes, torch.bfloat16, device)
+    budget = rows // chunks * classes * 2
+    with Allocated(width * classes // 2) as wide:  # more than a chunk of logits or of hidden states is
+        loss = fused(x, weight, target, reduction=reduction, workspace_bytes=budget)
+        after_forward = wide.now()
+        grads = torch.autograd.grad(loss.sum(), (x, weight))
+    several = chunks > 1 and reduction == "mean"  # unreduced, dW is finished a range of classes at a time
+    assert wide.peak == 4 * width * classes * several
+    assert after_forward == 2 * width * classes * several  # what is left holds the gradient in bf16
+    assert grads[1].untyped_storage().nbytes() == 2 * width * classes
+
+
+# Multiplications and additions over T H V.
+FLOPS = {
+    "mean": (6, lambda x, w, y, b: fused(x, w, y, workspace_bytes=b).backward()),
+    "none": (8, lambda x, w, y, b: fused(x, w, y, reduction="none", workspace_bytes=b).sum().backward()),
+    "log-probabilities": (8, lambda x, w, y, b: logprobs(x, w, y, workspace_bytes=b).log_prob.sum().backward()),
+    "mean, frozen weight": (4, lambda x, w, y, b: fused(x, w.detach(), y, workspace_bytes=b).backward()),
+    "no grad": (2, torch.no_grad()(lambda x, w, y, b: fused(x, w, y, workspace_bytes=b))),
+    "no grad, none": (2, torch.no_grad()(lambda x, w, y, b: fused(x, w, y, reduction="none", workspace_bytes=b))),
+    "no grad, log-probabilities": (2, torch.no_grad()(lambda x, w, y, b: logprobs(x, w, y, workspace_bytes=b))),
+    "nothing trained": (2, lambda x, w, y, b: fused(x.detach(), w.detach(), y, workspace_bytes=b)),
+    "nothing trained, none": (
+        2,
+        lambda x, w, y, b: fused(x.detach(), w.detach(), y, reduction="none", workspace_bytes=b),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLOPS)
+@pytest.mark.parametrize("workspace", [None, 8 * 64 * 4], ids=["one chunk", "chunks"])
+def test_products(name, workspace, device):
+    x, weight, target, _ = problem(32, 16, 64, device=device)
+    target = target.where(target != -100, 0)  # ignored rows would be left out
+    expected, call = FLOPS[name]
+    in_place = {torch.ops.aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        call(x, weight, target, workspace)
+    assert counter.get_total_flops() == expected * 32 * 16 * 64
 
 
 def test_lean_mode_accumulates_in_bf16(device):
@@ -133,11 +262,18 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_logits_never_exist_whole(reduction, device):
+@pytest.mark.parametrize("call", ["mean", "none", "log-probabilities", "no grad"])
+def test_logits_never_exist_whole(call, device):
     x, weight, target, _ = problem(64, 8, 512, device=device)
-    with Largest() as largest:
-        fused(x, weight, target, reduction=reduction, softcap=5.0, workspace_bytes=8 * 512 * 4).sum().backward()
+    options = dict(softcap=5.0, workspace_bytes=8 * 512 * 4)
+    with Largest() as largest, torch.set_grad_enabled(call != "no grad"):
+        if call == "log-probabilities":
+            found = logprobs(x, weight, target, return_entropy=True, return_predicted=True, **options)
+            loss = (found.log_prob + found.lse + found.entropy).sum()
+        else:
+            loss = fused(x, weight, target, reduction="none" if call == "none" else "mean", **options).sum()
+        if call != "no grad":
+            loss.backward()
     assert largest.numel <= 8 * 512
 
 
