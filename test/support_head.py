@@ -61,3 +61,16 @@ def pairwise(values, allowed=lambda row: True):
         rows.append(max(grid[:600] if len(missing) > 40 else grid, key=lambda row: len(missing & pairs(row))))
         missing -= pairs(rows[-1])
     return rows
+
+
+def problem(rows=9, width=8, classes=21, dtype=torch.float32, device="cpu", bias=False):
+    x = torch.randn(rows, width, dtype=dtype, device=device, requires_grad=True)
+    weight = torch.randn(classes, width, dtype=dtype, device=device, requires_grad=True)
+    target = torch.randint(0, classes, (rows,), device=device)
+    target[rows // 2] = -100
+    b = torch.randn(classes, dtype=dtype, device=device, requires_grad=True) if bias else None
+    return x, weight, target, b
+
+
+def low_rank_term(rows=9, rank=3, classes=21, dtype=torch.float32, device="cpu"):
+    return tuple(torch.randn(n, rank, dtype=dtype, device=device, requires_grad=True) for n in (rows, classes))
