@@ -1,6 +1,8 @@
 """Helpers of the tests of the fused head."""
 
 import copy
+import itertools
+import random
 
 import torch
 
@@ -42,3 +44,33 @@ def agree(model, fused, given, rtol=1e-5, **kwargs):
             compared += 1
     assert compared
     return output, other
+
+
+def pairwise(values, allowed=lambda row: True):
+    """Rows in which every pair of values of two options occurs at least once, where that is allowed at all."""
+
+    def pairs(row):
+        return set(itertools.combinations(sorted(row.items(), key=lambda kv: kv[0]), 2))
+
+    choose, names = random.Random(0), list(values)
+    grid = [{n: choose.choice(values[n]) for n in names} for _ in range(3000)]
+    grid = [row for row in grid if allowed(row)]
+    missing = set().union(*map(pairs, grid))
+    rows = []
+    while missing:
+        rows.append(max(grid[:600] if len(missing) > 40 else grid, key=lambda row: len(missing & pairs(row))))
+        missing -= pairs(rows[-1])
+    return rows
+
+
+def problem(rows=9, width=8, classes=21, dtype=torch.float32, device="cpu", bias=False):
+    x = torch.randn(rows, width, dtype=dtype, device=device, requires_grad=True)
+    weight = torch.randn(classes, width, dtype=dtype, device=device, requires_grad=True)
+    target = torch.randint(0, classes, (rows,), device=device)
+    target[rows // 2] = -100
+    b = torch.randn(classes, dtype=dtype, device=device, requires_grad=True) if bias else None
+    return x, weight, target, b
+
+
+def low_rank_term(rows=9, rank=3, classes=21, dtype=torch.float32, device="cpu"):
+    return tuple(torch.randn(n, rank, dtype=dtype, device=device, requires_grad=True) for n in (rows, classes))

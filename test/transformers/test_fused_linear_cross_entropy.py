@@ -2,93 +2,33 @@
 
 import dataclasses
 import itertools
-import random
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from liger_kernel.ops import fused_linear_cross_entropy as room
-from liger_kernel.ops import head
+from liger_kernel.ops import head, weight_sum
 from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, functional
 from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
+from liger_kernel.transformers.functional import liger_fused_linear_logprobs as logprobs
 
-VALUES = dict(
-    bias=(False, True), ce_weight=(False, True), lse_square_scale=(0.0, 1e-2), label_smoothing=(0.0, 0.1),
-    reduction=("mean", "sum", "none"), softcap=(None, 4.0), use_token_scaling=(False, True), logit_scale=(1.0, 0.3),
-    temperature=(1.0, 0.6, "tensor"), token_weight=(False, True), normalizer=(None, 7, "tensor"),
-    ignore_index=(-100, 2), return_token_accuracy=(False, True), workspace_bytes=(1, 600, None),
-    accum_dtype=(None, torch.float32), vocab_slice=(None, (0, 20), (3, 19)),
-)  # fmt: skip
+from support_head import low_rank_term, problem
 
 
-def pairwise(values):
-    """Rows in which every pair of values of two options occurs at least once, where that is allowed at all."""
-
-    def pairs(row):
-        return set(itertools.combinations(sorted(row.items(), key=lambda kv: kv[0]), 2))
-
-    def allowed(row):
-        return not (row["reduction"] == "none" and row["normalizer"] is not None)
-
-    choose, names = random.Random(0), list(values)
-    grid = [{n: choose.choice(values[n]) for n in names} for _ in range(3000)]
-    grid = [row for row in grid if allowed(row)]
-    missing = set().union(*map(pairs, grid))
-    rows = []
-    while missing:
-        rows.append(max(grid[:600] if len(missing) > 40 else grid, key=lambda row: len(missing & pairs(row))))
-        missing -= pairs(rows[-1])
-    return rows
-
-
-def problem(rows=9, width=8, classes=21, dtype=torch.float32, device="cpu", bias=False):
-    x = torch.randn(rows, width, dtype=dtype, device=device, requires_grad=True)
-    weight = torch.randn(classes, width, dtype=dtype, device=device, requires_grad=True)
-    target = torch.randint(0, classes, (rows,), device=device)
-    target[rows // 2] = -100
-    b = torch.randn(classes, dtype=dtype, device=device, requires_grad=True) if bias else None
-    return x, weight, target, b
-
-
-def low_rank_term(rows=9, rank=3, classes=21, dtype=torch.float32, device="cpu"):
-    return tuple(torch.randn(n, rank, dtype=dtype, device=device, requires_grad=True) for n in (rows, classes))
-
-
-@pytest.mark.parametrize("row", pairwise(VALUES), ids=lambda row: "-".join(str(v) for v in row.values()))
-def test_options_go_together(row, impl, device):
-    row = dict(row)
-    x, weight, target, b = problem(device=device, bias=row.pop("bias"))
-    if row["ignore_index"] != -100:
-        target = target.where(target != -100, row["ignore_index"])
-    low, high = row["vocab_slice"] or (0, 21)
-    target = target.where(target == row["ignore_index"], target % (high - low))
-    ce_weight = torch.rand(high - low, device=device) + 0.1 if row.pop("ce_weight") else None
-    token_weight = torch.rand(9, device=device) if row.pop("token_weight") else None
-    normalizer = row.pop("normalizer")
-    if row["temperature"] == "tensor":
-        row["temperature"] = torch.tensor(0.6, device=device)
-    ours = fused(
-        x, weight, target, b, ce_weight=ce_weight, token_weight=token_weight,
-        normalizer=torch.tensor(7, device=device) if normalizer == "tensor" else normalizer, **row,
-    )  # fmt: skip
-    if normalizer is not None:
-        row["reduction"] = "sum"
-    leaves = [None if t is None else t.detach().double().requires_grad_() for t in (x, weight, b)]
-    truth, _, accuracy, _ = room.reference(*leaves, target, token_weight, ce_weight=ce_weight, **row)
-    truth = truth / 7 if normalizer is not None else truth
-    if row["return_token_accuracy"]:
-        torch.testing.assert_close(ours.token_accuracy, accuracy)
-        ours = ours.loss
-    torch.testing.assert_close(ours.double(), truth, rtol=2e-5, atol=2e-5)  # fp32 sums of nine rows
-    upstream = torch.randn_like(truth)
-    ours.backward(upstream.to(ours))
-    truth.backward(upstream)
-    for ours_of, truth_of in zip((x, weight, b), leaves):
-        if ours_of is not None:
-            torch.testing.assert_close(ours_of.grad.double(), truth_of.grad, rtol=1e-4, atol=2e-5)
+@pytest.mark.parametrize("rows, plain", [(9, True), (10, False)])
+def test_plain_torch_up_to_a_number_of_logits(rows, plain, monkeypatch):
+    monkeypatch.setattr(room, "SMALL", 9 * 21)
+    ran, own = [], room.LigerFusedLinearCrossEntropyFunction.apply
+    monkeypatch.setattr(room.LigerFusedLinearCrossEntropyFunction, "apply", lambda *args: ran.append(1) or own(*args))
+    x, weight, target, _ = problem(rows)
+    torch.testing.assert_close(fused(x, weight, target), F.cross_entropy(F.linear(x, weight), target))
+    assert bool(ran) != plain
 
 
 def relative_error(got, truth):
@@ -103,12 +43,82 @@ def test_weight_gradient_is_independent_of_the_number_of_chunks(device):
     F.cross_entropy(F.linear(x, weight).float(), target).backward()
     torchs = relative_error(weight.grad, truth)
     errors = []
-    for chunks in (1, 2, 8, 64):
+    for chunks in (1, 2, 4, 8, 16, 32, 64):
         weight.grad = None
-        fused(x, weight, target, workspace_bytes=1024 // chunks * 64 * 2).backward()
+        budget = 1024 // chunks * 64 * 2
+        assert head.chunk_rows(1024, 64, torch.bfloat16, device, True, budget) == 1024 // chunks
+        fused(x, weight, target, workspace_bytes=budget).backward()
         errors.append(relative_error(weight.grad, truth))
     assert max(errors) < 1.2 * min(errors), errors
     assert max(errors) < 1.1 * torchs, (errors, torchs)
+
+
+class Allocated(TorchDispatchMode):
+    """The memory of every result of at least `least` elements in fp32, for as long as it lives."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.least, self.seen, self.peak = least, {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.dtype is torch.float32 and t.numel() >= self.least:
+                self.seen[t.untyped_storage()._cdata] = (
+                    StorageWeakRef(t.untyped_storage()),
+                    t.untyped_storage().nbytes(),
+                )
+        self.peak = max(self.peak, self.now())
+        return out
+
+    def now(self):
+        return sum(size for ref, size in self.seen.values() if not ref.expired())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_one_fp32_buffer_of_the_weights_size_at_most_and_none_after_the_forward(chunks, reduction, monkeypatch, device):
+    monkeypatch.setattr(weight_sum, "SLAB", 1024)  # of the temporaries, which are not this large in earnest
+    rows, width, classes = 32, 64, 96
+    x, weight, target, _ = problem(rows, width, classes, torch.bfloat16, device)
+    budget = rows // chunks * classes * 2
+    with Allocated(width * classes // 2) as wide:  # more than a chunk of logits or of hidden states is
+        loss = fused(x, weight, target, reduction=reduction, workspace_bytes=budget)
+        after_forward = wide.now()
+        grads = torch.autograd.grad(loss.sum(), (x, weight))
+    several = chunks > 1 and reduction == "mean"  # unreduced, dW is finished a range of classes at a time
+    assert wide.peak == 4 * width * classes * several
+    assert after_forward == 2 * width * classes * several  # what is left holds the gradient in bf16
+    assert grads[1].untyped_storage().nbytes() == 2 * width * classes
+
+
+# Multiplications and additions over T H V.
+FLOPS = {
+    "mean": (6, lambda x, w, y, b: fused(x, w, y, workspace_bytes=b).backward()),
+    "none": (8, lambda x, w, y, b: fused(x, w, y, reduction="none", workspace_bytes=b).sum().backward()),
+    "log-probabilities": (8, lambda x, w, y, b: logprobs(x, w, y, workspace_bytes=b).log_prob.sum().backward()),
+    "mean, frozen weight": (4, lambda x, w, y, b: fused(x, w.detach(), y, workspace_bytes=b).backward()),
+    "no grad": (2, torch.no_grad()(lambda x, w, y, b: fused(x, w, y, workspace_bytes=b))),
+    "no grad, none": (2, torch.no_grad()(lambda x, w, y, b: fused(x, w, y, reduction="none", workspace_bytes=b))),
+    "no grad, log-probabilities": (2, torch.no_grad()(lambda x, w, y, b: logprobs(x, w, y, workspace_bytes=b))),
+    "nothing trained": (2, lambda x, w, y, b: fused(x.detach(), w.detach(), y, workspace_bytes=b)),
+    "nothing trained, none": (
+        2,
+        lambda x, w, y, b: fused(x.detach(), w.detach(), y, reduction="none", workspace_bytes=b),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLOPS)
+@pytest.mark.parametrize("workspace", [None, 8 * 64 * 4], ids=["one chunk", "chunks"])
+def test_products(name, workspace, device):
+    x, weight, target, _ = problem(32, 16, 64, device=device)
+    target = target.where(target != -100, 0)  # ignored rows would be left out
+    expected, call = FLOPS[name]
+    in_place = {torch.ops.aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        call(x, weight, target, workspace)
+    assert counter.get_total_flops() == expected * 32 * 16 * 64
 
 
 def test_lean_mode_accumulates_in_bf16(device):
@@ -133,11 +143,18 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_logits_never_exist_whole(reduction, device):
+@pytest.mark.parametrize("call", ["mean", "none", "log-probabilities", "no grad"])
+def test_logits_never_exist_whole(call, device):
     x, weight, target, _ = problem(64, 8, 512, device=device)
-    with Largest() as largest:
-        fused(x, weight, target, reduction=reduction, softcap=5.0, workspace_bytes=8 * 512 * 4).sum().backward()
+    options = dict(softcap=5.0, workspace_bytes=8 * 512 * 4)
+    with Largest() as largest, torch.set_grad_enabled(call != "no grad"):
+        if call == "log-probabilities":
+            found = logprobs(x, weight, target, return_entropy=True, return_predicted=True, **options)
+            loss = (found.log_prob + found.lse + found.entropy).sum()
+        else:
+            loss = fused(x, weight, target, reduction="none" if call == "none" else "mean", **options).sum()
+        if call != "no grad":
+            loss.backward()
     assert largest.numel <= 8 * 512
 
 

@@ -23,11 +23,12 @@ def gradients(model):
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
+@pytest.mark.parametrize("items", [None, 0, torch.tensor(0)], ids=str)
 @pytest.mark.parametrize("shape", [(2, 6), (1, 1), (3, 1)], ids=str)
-def test_nothing_to_learn_gives_loss_zero_and_zero_gradients(shape):
+def test_nothing_to_learn_gives_loss_zero_and_zero_gradients(shape, items):
     _, fused, _ = both()
     ids = torch.randint(3, 250, shape)
-    loss = fused(input_ids=ids, labels=torch.full_like(ids, -100), use_cache=False).loss
+    loss = fused(input_ids=ids, labels=torch.full_like(ids, -100), use_cache=False, num_items_in_batch=items).loss
     loss.backward()
     assert loss == 0 and loss.dtype is torch.float32
     assert all(p.grad is not None and not p.grad.any() for p in fused.parameters())

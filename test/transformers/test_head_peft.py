@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from liger_kernel.ops import head as engine  # noqa: E402
+from liger_kernel.transformers import apply_liger_kernel  # noqa: E402
 from liger_kernel.transformers.head import fuse_head  # noqa: E402
 from liger_kernel.transformers.lazy_logits import LazyLogits  # noqa: E402
 from liger_kernel.transformers.model import loss_utils  # noqa: E402
@@ -189,6 +190,8 @@ FALLBACKS = {
     "dora": (peft.LoraConfig, dict(r=4, use_dora=True), "LoRA variant"),
     "ia3": (peft.IA3Config, dict(feedforward_modules=[]), "peft.tuners.ia3.layer.Linear"),
     "loha": (peft.LoHaConfig, dict(r=4), "peft.tuners.loha.layer.Linear"),
+    "lokr": (peft.LoKrConfig, dict(r=4), "peft.tuners.lokr.layer.Linear"),
+    "oft": (peft.OFTConfig, dict(oft_block_size=4), "peft.tuners.oft.layer.Linear"),
     "vera": (peft.VeraConfig, dict(r=4), "peft.tuners.vera.layer.Linear"),
     "adalora": (peft.AdaLoraConfig, dict(r=4, total_step=9), "peft.tuners.adalora.layer.SVDLinear"),
 }
@@ -207,6 +210,21 @@ def test_what_does_not_fold_falls_back_to_real_logits_and_says_so_once(kind, opt
         output, other = agree(model, fused, given)
         assert torch.equal(output.logits, other.logits)
     assert not fused_calls
+
+
+@pytest.mark.parametrize(("kind", "options", "reason"), FALLBACKS.values(), ids=FALLBACKS)
+def test_wrapped_before_patching_the_report_names_the_reason(kind, options, reason, fused_calls):
+    model = adapted(kind(task_type="CAUSAL_LM", target_modules=["lm_head"], **options), fuse=False)
+    patched = copy.deepcopy(model)
+    report = apply_liger_kernel(patched)
+    left = next(entry for entry in str(report).splitlines() if entry.startswith("head "))
+    assert reason in left
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        given = tokens()
+        output, other = patched(**given), model(**given)
+    assert isinstance(output.logits, torch.Tensor) and not fused_calls
+    torch.testing.assert_close(output.loss, other.loss)
 
 
 def test_without_a_fused_head_the_requested_results_come_from_the_logits():
