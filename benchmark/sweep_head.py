@@ -1,12 +1,14 @@
 """Time the loss kernel's configs, the head's pieces and its chunk sizes on this card, correctness first.
 
-    python -m benchmark.sweep_head [cross_entropy] [pieces] [head] [logprobs] [ignored] [--peers DIR] [--small]
+    python -m benchmark.sweep_head [cross_entropy] [pieces] [head] [logprobs] [ignored] [crossover]
+                                  [--peers DIR] [--small]
 
 cross_entropy: 8192x128256 and 8192x151936, with and without gradient, over launch configs. pieces: the ways to sum dW
 and to round the sum, one chunk's worth. head: the rows of the project's table, lean (dW summed in bf16), default (fp32)
 and without gradients, over chunk sizes, beside the same GEMMs alone. logprobs: forward and backward of per-token
-outputs, beside TRL's where DIR has it. ignored: the head with 75 % of the labels ignored, host waiting or not. No
-number is printed for what differs from torch. All rows go to benchmark/results (or $OUT).
+outputs, beside TRL's where DIR has it. ignored: the head with 75 % of the labels ignored, host waiting or not.
+crossover: small heads beside plain torch. No number is printed for what differs from torch. All rows go to
+benchmark/results (or $OUT).
 """
 
 from __future__ import annotations
@@ -20,10 +22,19 @@ import sys
 import torch
 
 from benchmark import RESULTS
-from liger_kernel.bench.measure import ceilings, device, path_for, peak_extra_mib, save, time_call, time_graph
+from liger_kernel.bench.measure import (
+    ceilings,
+    device,
+    host_us,
+    path_for,
+    peak_extra_mib,
+    save,
+    time_call,
+    time_graph,
+)
 from liger_kernel.ops import head, row_loss, weight_sum
 from liger_kernel.ops.cross_entropy import liger_cross_entropy
-from liger_kernel.ops.fused_linear_cross_entropy import liger_fused_linear_cross_entropy
+from liger_kernel.ops.fused_linear_cross_entropy import HeadOptions, _plain, liger_fused_linear_cross_entropy
 from liger_kernel.ops.fused_linear_scaled_cross_entropy import liger_fused_linear_logprobs
 from liger_kernel.ops.kernels import cross_entropy as kernels
 from liger_kernel.ops.kernels import weight_sum as rounding
@@ -33,6 +44,7 @@ SHAPES = ((4096, 4096, 128256), (8192, 4096, 128256), (16384, 2048, 128256), (16
           (16384, 4096, 32000), (32768, 4096, 128256))  # fmt: skip
 MODES = {"lean": torch.bfloat16, "default": None}
 CHUNK_ROWS = (1024, 2048, 4096)
+SMALL_ROWS, SMALL_CLASSES = (32, 128, 512, 2048), (128, 2048, 32000)
 CONFIGS = [kernels.Config(warps * 32 * unroll, 8, warps) for warps in (8, 16, 32) for unroll in (1, 2, 4)]  # fmt: skip
 
 
@@ -218,6 +230,25 @@ def sweep_ignored() -> list[dict]:
     return rows
 
 
+def sweep_crossover() -> list[dict]:
+    """From which rows x classes on the engine is faster than logits and torch's cross entropy, at H = 1024."""
+    rows = []
+    for n_rows, classes in ((r, c) for r in SMALL_ROWS for c in SMALL_CLASSES):
+        h = torch.randn(n_rows, 1024, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+        w = (torch.randn(classes, 1024, device=DEVICE) / 32).bfloat16().requires_grad_()
+        y = torch.randint(0, classes, (n_rows,), device=DEVICE)
+        row = {"op": "crossover", "shape": f"{n_rows}x1024x{classes}"}
+        fused = functools.partial(liger_fused_linear_cross_entropy, h, w, y)
+        plain = functools.partial(_plain, h, w, y, None, None, -100, 0.0, "mean", None, HeadOptions())
+        for name, loss in (("fused", fused), ("plain", plain)):
+            call = functools.partial(lambda loss, leaves: torch.autograd.grad(loss(), leaves), loss, (h, w))
+            row |= {name: time_call(call).median, f"{name}_host_us": host_us(call)}
+            row |= {f"{name}_graph": (timing := time_graph(call)) and timing.median}
+        print(row)
+        rows.append(row)
+    return rows
+
+
 def gemm_floor(h, w, rows: int, gradients: bool) -> float:
     """The head's products alone, in chunks of `rows`, dW in bf16."""
     chunk = torch.randn(rows, w.shape[0], dtype=h.dtype, device=DEVICE)
@@ -271,7 +302,7 @@ def sweep_head() -> list[dict]:
 
 
 SWEEPS = {"cross_entropy": sweep_cross_entropy, "pieces": sweep_pieces, "head": sweep_head,
-          "logprobs": sweep_logprobs, "ignored": sweep_ignored}  # fmt: skip
+          "logprobs": sweep_logprobs, "ignored": sweep_ignored, "crossover": sweep_crossover}  # fmt: skip
 
 
 def main() -> int:
@@ -281,8 +312,8 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="head, logprobs and ignored on tiny shapes: a dry run")
     args = parser.parse_args()
     if args.small:
-        global SHAPES
-        SHAPES = ((300, 64, 500),) * 5
+        global SHAPES, SMALL_ROWS, SMALL_CLASSES
+        SHAPES, SMALL_ROWS, SMALL_CLASSES = ((300, 64, 500),) * 5, (4,), (64,)
     if args.peers:
         site.addsitedir(args.peers)
     check_head()
