@@ -468,17 +468,17 @@ SMALL_CALLS = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("call", SMALL_CALLS, ids=str)
-def test_a_small_problem_takes_plain_torch_and_gives_the_same(call, dtype, monkeypatch):
+def test_a_small_problem_takes_plain_torch_and_gives_the_same(call, dtype, monkeypatch, device):
     call = dict(call)
-    x, weight, target, b = problem(9, dtype=dtype, bias=call.pop("bias", False))
+    x, weight, target, b = problem(9, dtype=dtype, device=device, bias=call.pop("bias", False))
     rows = call.pop("rows", 9)
     x, target = x.detach()[:rows].requires_grad_(), target[:rows] % (18 if "vocab_slice" in call else 21)
     if call.pop("all_ignored", False):
         target = torch.full_like(target, -100)
     if call.get("normalizer") == "tensor":
-        call["normalizer"] = torch.tensor(7)
+        call["normalizer"] = torch.tensor(7, device=device)
     if call.pop("ce_weight", False):
-        call["ce_weight"] = torch.rand(21) + 0.1
+        call["ce_weight"] = torch.rand(21, device=device) + 0.1
     leaves = [t for t in (x, weight, b) if t is not None]
     engine = fused(x, weight, target, b, **call)
     monkeypatch.setattr(room, "SMALL", 1 << 16)
