@@ -51,7 +51,8 @@ def their_parts(whole) -> list[dict]:
         state.get_sequence_parallel_rank(),
         state.get_sequence_parallel_world_size(),
     )
-    return list(UlyssesSPDataLoaderAdapter([dict(whole)], rank, group, size, rank_device()))
+    parts = UlyssesSPDataLoaderAdapter([dict(whole)], rank, group, size, rank_device())  # on the CPU whatever device
+    return [{name: x.to(rank_device()) for name, x in part.items()} for part in parts]
 
 
 def errors(how: str) -> dict:

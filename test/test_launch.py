@@ -45,6 +45,12 @@ class Kernel:
         return first
 
 
+class Wrapper(torch.Tensor):
+    """One that keeps its numbers in others, as quantised tensors do."""
+
+    __torch_dispatch__ = None
+
+
 @pytest.fixture
 def kernel(monkeypatch):
     backend = backends.Backend(name="cpu", device_type="cpu", is_available=lambda: True, stream=lambda device: 7)
@@ -68,6 +74,24 @@ def test_a_second_launch_starts_what_the_first_compiled(kernel):
     (args,) = compiled.ran
     assert args[:9] == (3, 1, 1, 7, "function", "metadata", None, None, None)
     assert args[9] is x and args[10:] == (None, 32, 5, 64)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_kernel_never_reads_at_address_0(kernel, keeps, monkeypatch):
+    """A tensor on its way between ranks says its address is 0: compiled kernels read there, on GPUs only."""
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    monkeypatch.setattr(launching, "_KEEPS_HANDLES", keeps)
+    given, x = [], torch.empty(8)
+    monkeypatch.setattr(
+        Kernel, "__getitem__", lambda self, grid: lambda *args, **meta: given.append(args) or Compiled()
+    )
+    start(kernel, AsyncCollectiveTensor(x))
+    assert [type(t) for t in given[0][:2]] == [torch.Tensor, type(None)] and given[0][0].data_ptr() == x.data_ptr()
+    start(kernel, torch.empty(0))  # nothing is read
+    wrapper = torch.Tensor._make_wrapper_subclass(Wrapper, (8,))
+    with pytest.raises(RuntimeError, match="cannot read a Wrapper, which has no memory"):
+        start(kernel, wrapper)
 
 
 @pytest.mark.parametrize(

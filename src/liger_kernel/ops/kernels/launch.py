@@ -32,7 +32,7 @@ def launch(kernel, programs: int, device: torch.device, *args, **meta) -> None:
         return
     try:
         _launch(kernel, programs, device, args, meta)
-    except RuntimeError:  # asked for its address, a tensor that is still on its way between ranks has none
+    except RuntimeError:  # a tensor that is still on its way between ranks has no address
         arrived = tuple([x.wait() if type(x).__name__ == "AsyncCollectiveTensor" else x for x in args])
         if all(x is y for x, y in zip(arrived, args)):
             raise
@@ -42,6 +42,9 @@ def launch(kernel, programs: int, device: torch.device, *args, **meta) -> None:
 def _launch(kernel, programs, device, args, meta) -> None:
     backend = device_of(device)
     if backend.stream is None or not _KEEPS_HANDLES:
+        for value in args:
+            if isinstance(value, torch.Tensor):
+                _address(value)
         with backend.guard(device):
             kernel[(programs,)](*args, **meta, **backend.launch)
         return
@@ -51,7 +54,7 @@ def _launch(kernel, programs, device, args, meta) -> None:
     parts, addresses = [id(kernel), device.index, *meta.values()], 0
     for value, is_free in zip(args, free):
         if isinstance(value, torch.Tensor):
-            addresses |= value.data_ptr()
+            addresses |= value.data_ptr() or _address(value)
             parts.append(value.dtype)
         else:
             parts.append(value in _INT32 if is_free else value)
@@ -69,6 +72,14 @@ def _launch(kernel, programs, device, args, meta) -> None:
             _handles[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata, constants
         else:
             _start(found, programs, backend.stream(device), args)
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Where it lies; RuntimeError for one that lies nowhere, which says 0, and a kernel would read there."""
+    address = tensor.data_ptr()
+    if not address and tensor.numel():
+        raise RuntimeError(f"a kernel cannot read a {type(tensor).__name__}, which has no memory of its own")
+    return address
 
 
 def _start(found, programs, stream, args) -> None:
