@@ -32,7 +32,7 @@ from liger_kernel.bench.measure import (
     time_call,
     time_graph,
 )
-from liger_kernel.ops import head, row_loss, weight_sum
+from liger_kernel.ops import head, live_rows, row_loss, weight_sum
 from liger_kernel.ops.cross_entropy import liger_cross_entropy
 from liger_kernel.ops.fused_linear_cross_entropy import HeadOptions, _plain, liger_fused_linear_cross_entropy
 from liger_kernel.ops.fused_linear_scaled_cross_entropy import liger_fused_linear_logprobs
@@ -219,13 +219,13 @@ def sweep_ignored() -> list[dict]:
             y = torch.randint(0, classes, (n_rows,), device=DEVICE)
             y[torch.rand(n_rows, device=DEVICE) < share] = -100
             for wait in ("1", "0"):
-                os.environ[head.SYNC_ENV] = wait
+                os.environ[live_rows.SYNC_ENV] = wait
                 call = functools.partial(step, h, w, y, "default", None)
                 h.grad = w.grad = None
                 rows.append({"op": "ignored", "shape": f"{n_rows}x{width}x{classes}", "share": share, "waits": wait,
                              "ms": time_call(call, samples=10).median})  # fmt: skip
                 print(f"ignored {rows[-1]['shape']} {share:.0%} host waits {wait}: {rows[-1]['ms']:7.2f} ms")
-        del os.environ[head.SYNC_ENV], h, w, call
+        del os.environ[live_rows.SYNC_ENV], h, w, call
         torch.cuda.empty_cache()
     return rows
 

@@ -268,7 +268,7 @@ def split_loss(rows: int, width: int, n_classes: int, place=None, live: int | No
 
 def watched(sizes, options, live=None, fp16=False, gradients=True) -> dict:
     """What a step of the fused loss of a split weight brings from other ranks and computes."""
-    from liger_kernel.ops import head
+    from liger_kernel.ops import live_rows
 
     loss = split_loss(*sizes, live=live, dtype=torch.float16 if fp16 else torch.float32)
 
@@ -278,13 +278,13 @@ def watched(sizes, options, live=None, fp16=False, gradients=True) -> dict:
             if gradients:
                 getattr(value, "loss", value).sum().backward()
 
-    before, head.WORTH_WAITING = head.WORTH_WAITING, 0  # so small a head asks a GPU how many rows count, too
+    before, live_rows.WORTH_WAITING = live_rows.WORTH_WAITING, 0  # so small a head asks a GPU how many rows count, too
     try:
         step()  # what is only asked once
         with _Watch() as seen:
             step()
     finally:
-        head.WORTH_WAITING = before
+        live_rows.WORTH_WAITING = before
     return {"most": seen.most, "brought": seen.brought, "flops": seen.flops}
 
 

@@ -1,5 +1,6 @@
 """How exact the fused head is where it is hard, and what it may take: memory, the host's time, ignored rows."""
 
+import dataclasses
 import math
 
 import pytest
@@ -9,7 +10,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from liger_kernel.ops import head, head_slabs, row_loss
+from liger_kernel import backends
+from liger_kernel.ops import head, head_slabs, live_rows, row_loss
 from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
 from liger_kernel.transformers.functional import liger_fused_linear_logprobs as logprobs
 
@@ -185,11 +187,16 @@ def masked(rows, classes, share, device):
     return target.masked_fill(torch.rand(rows, device=device) < share, -100)
 
 
+@pytest.mark.parametrize("later", [False, True])  # whether the device answers while other work is queued
+@pytest.mark.parametrize("share", [0.75, 0.0])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_ignored_rows_change_no_gradient_whether_the_host_asks_or_not(reduction, monkeypatch, device):
-    monkeypatch.setattr(head, "WORTH_WAITING", 0)
+def test_ignored_rows_change_no_gradient_whether_the_host_asks_or_not(reduction, share, later, monkeypatch, device):
+    monkeypatch.setattr(live_rows, "WORTH_WAITING", 0)
+    monkeypatch.setattr(live_rows, "AHEAD", 16)
+    backend = dataclasses.replace(backends.device_of(device), answers_later=later)
+    monkeypatch.setattr(live_rows, "device_of", lambda device: backend)
     x, weight = (torch.randn(*s, device=device, requires_grad=True) for s in ((64, 8), (40, 8)))
-    target, found = masked(64, 40, 0.75, device), []
+    target, found = masked(64, 40, share, device), []
     products = []
     project = head.project
     for module in (head, head_slabs):
@@ -199,7 +206,9 @@ def test_ignored_rows_change_no_gradient_whether_the_host_asks_or_not(reduction,
         loss = fused(x, weight, target, reduction=reduction)
         found.append([loss.detach(), *torch.autograd.grad(loss.sum(), (x, weight))])
     live = int((target != -100).sum())
-    assert products == ([live] * 2 + [64] * 2 if reduction == "none" else [live, 64])
+    asking = [64, 16] if later else []  # of 64 rows, 16 have their logits before the answer is there
+    waiting = asking + [live] if live < 64 else asking or [64]
+    assert products == (waiting * 2 + [64] * 2 if reduction == "none" else [*waiting, 64])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
     assert not found[0][1][target == -100].any()
@@ -287,7 +296,7 @@ STEPS = {
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", STEPS)
 def test_the_host_never_waits_where_that_is_an_error_or_a_graph_is_captured(name, monkeypatch, device):
-    monkeypatch.setattr(head, "WORTH_WAITING", 0)
+    monkeypatch.setattr(live_rows, "WORTH_WAITING", 0)
     given = big_enough_to_ask(device)
     leaves = given[:2]
 

@@ -82,6 +82,8 @@ class Backend:
     stream: Callable[[torch.device], int] | None = None  # the current stream's handle: enables the fast launch
     # Whether the host may wait for the device now: not while a graph is captured, nor where waiting is an error.
     may_wait: Callable[[], bool] = lambda: False
+    answers_later: bool = False  # pinned memory and events tell the host a number while other work is queued
+    small_head: int = 0  # T V of a head up to which plain torch is faster; 0: not measured
     arch: Callable[[torch.device], str] = lambda device: device.type
     driver: Callable[[torch.device], str] = lambda device: "unknown"  # its version: a self-test holds for one
     comm: str = "gloo"

@@ -62,6 +62,10 @@ BACKEND = Backend(
     is_current=lambda device: device.index == torch._C._cuda_getDevice(),
     stream=lambda device: torch._C._cuda_getCurrentRawStream(device.index),
     may_wait=may_wait,
+    answers_later=True,
+    # Our engine's host time is 0.3 ms longer, plain torch's kernels take longer by 0.01 ms at T V = 4096, 0.05 at 4 M,
+    # 0.7 at 64 M. H200, bf16, H = 1024, 2026-11-29.
+    small_head=1 << 20,
     arch=_arch,
     driver=_driver,
     comm="nccl",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from liger_kernel.chunked_loss.function import IGNORE_INDEX, HeadLoss, batch_of, detached, log_probs_of, row_loss
-from liger_kernel.ops.head import counts_for_free
+from liger_kernel.ops.live_rows import counts_for_free
 
 
 class LigerFusedLinearPreferenceBase(HeadLoss):

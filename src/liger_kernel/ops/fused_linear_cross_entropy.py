@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from liger_kernel.backends import device_of
 from liger_kernel.ops import cross_entropy, head
 from liger_kernel.ops.core import Case, Contract, Kernels, kernels
 from liger_kernel.ops.cross_entropy import CrossEntropyOutput
@@ -39,12 +40,7 @@ from liger_kernel.ops.sharded import is_dtensor
 
 NAME = "fused_linear_cross_entropy"
 _CHUNK_MEM_CONST = 1
-# T V up to which plain torch is faster on a CPU. One thread, T H V: 64 64 512 1.0 ms against 3.2; 128 256 1000 8.0
-# against 7.7.
-SMALL = 1 << 16
-# The same on a GPU, times as many: the engine's host time is 0.3 ms longer there than plain torch's, whose kernels
-# take longer by 0.01 ms (T V = 4096) to 0.05 (4 M) and 0.7 (64 M). H200, bf16, H = 1024, 2026-11-29.
-SMALL_ON_GPU = 16
+SMALL: int | None = None  # in place of the device's small_head
 
 
 @dataclass(frozen=True)
@@ -335,7 +331,7 @@ def _of_dtensors(input, weight, target, bias, **options):
 
 def _is_small(input, weight, options) -> bool:
     """Whether plain torch is faster. Not where a budget says otherwise, nor where somebody replaced the helpers."""
-    most = {"cpu": SMALL, "cuda": SMALL * SMALL_ON_GPU}.get(input.device.type, 0)
+    most = device_of(input.device).small_head if SMALL is None else SMALL
     return (
         input.numel() * weight.shape[0] <= most * input.shape[-1]
         and (options.workspace_bytes, options.token_weight) == (None, None)

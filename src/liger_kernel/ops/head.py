@@ -7,7 +7,7 @@ Shapes    hidden: (T, H); weight: (V, H); bias: (V,); the chunk: (rows, V) in th
 Low rank  logits += u B^T for u: (T, r) and B: (V, r), an adapter's: neither its sum with W nor that sum's gradient is.
 Numerics  products in the dtype torch would give them (autocast's, else hidden's); dW is summed in fp32 whatever the
           number of chunks, or in accum_dtype; one chunk needs no sum. Same bits each time.
-Ignored   rows cost no product where the host may wait for their number, see live_rows.
+Ignored   rows cost no product where the host may wait for their number, see ops/live_rows.py.
 Memory    one chunk, dh, dW; with several chunks dW in fp32 until the last, then its 16 bits in half of that memory.
 Flops     2 T H V for the statistics, 6 T H V with both gradients. Gradients of rows whose statistics are known
           already: head_slabs.
@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from liger_kernel.backends import device_of
+from liger_kernel.ops import live_rows
 from liger_kernel.ops.core import kernels, wide
 from liger_kernel.ops.row_loss import Given, RowLoss, Stats, autocast_dtype, empty_stats
 from liger_kernel.ops.sharded import why_not_whole
@@ -30,8 +30,6 @@ from liger_kernel.ops.weight_sum import WeightSum
 
 MIB = 1 << 20
 WORKSPACE_ENV = "LIGER_KERNEL_WORKSPACE_MB"
-SYNC_ENV = "LIGER_KERNEL_HOST_SYNC"
-WORTH_WAITING = 1 << 34  # T H V: below it the three products take less time than the host needs to go on
 NO_ROWS = 1 << 30  # no limit
 # (bytes, rows) at most of a default chunk. H100, bf16, sweep 2026-11-22: 4096 rows would take 0 to 6 % less time than
 # 2048, for twice the memory.
@@ -82,25 +80,31 @@ def run(
     """
     dtype = dtype or product_dtype(hidden)
     n_classes = weight.shape[0] if split is None else split.n_classes
-    kept = live_rows(hidden, n_classes, given.target, loss.ignore_index)
-    if kept is None:
-        return _run(
-            hidden, weight, bias, given, loss, fields, needs, dtype, accum_dtype, workspace_bytes, low_rank, vocab,
-            split,
-        )  # fmt: skip
+    sizes = loss, fields, needs, dtype, accum_dtype, workspace_bytes
+    live = live_rows.ask(hidden, n_classes, given.target, loss.ignore_index)
+    found = None
+    if live is None or live.event is not None or not live.some_ignored():
+        found = _run(hidden, weight, bias, given, *sizes, low_rank, vocab, split, live)
+    if live is None or found is not None:
+        return found
+    kept = live.indices()
     if split is not None:
         settle = split.settle
         split = replace(split, settle=lambda stats, rows: settle(stats, kept[rows]))
     low = None if low_rank is None else replace(low_rank, inputs=low_rank.inputs[kept])
     rows = hidden[kept], weight, bias, given.take(kept)
-    part = list(_run(*rows, loss, fields, needs, dtype, accum_dtype, workspace_bytes, low, vocab, split))
-    part[0], part[1] = part[0].spread(kept, hidden.shape[0]), spread(part[1], kept, hidden)
+    part = list(_run(*rows, *sizes, low, vocab, split))
+    part[0], part[1] = part[0].spread(kept, hidden.shape[0]), live_rows.spread(part[1], kept, hidden)
     if low_rank is not None:
-        part[4] = spread(part[4], kept, low_rank.inputs)
+        part[4] = live_rows.spread(part[4], kept, low_rank.inputs)
     return tuple(part)
 
 
-def _run(hidden, weight, bias, given, loss, fields, needs, dtype, accum_dtype, workspace_bytes, low_rank, vocab, split):
+def _run(
+    hidden, weight, bias, given, loss, fields, needs, dtype, accum_dtype, workspace_bytes, low_rank, vocab, split,
+    live=None,
+):  # fmt: skip
+    """run() of all rows; None where live, if it answers later, says that some are ignored."""
     h_all, (w, b) = hidden.to(dtype).contiguous(), classes_of(weight, bias, dtype, vocab)
     classes = slice(*vocab_of(weight, vocab))
     (n_rows, width), n_classes = h_all.shape, w.shape[0]
@@ -125,7 +129,8 @@ def _run(hidden, weight, bias, given, loss, fields, needs, dtype, accum_dtype, w
     for i in range(0, n_rows, rows):
         j = min(i + rows, n_rows)
         h, logits = h_all[i:j], chunk[: j - i]
-        project(h, w, b, logits)
+        if not project(h, w, b, logits, live if i == 0 else None):
+            return None
         if low is not None:
             low.add_logits(logits, i, j)
         found = stats.rows(i, j)
@@ -177,30 +182,6 @@ class _LowRankTerm:
             None if self.d_inputs is None else self.d_inputs.to(self.given.inputs.dtype),
             None if self.d_weight is None else self.d_weight.finish().to(self.given.weight.dtype),
         )
-
-
-def counts_for_free(hidden: torch.Tensor) -> bool:
-    """Whether the host may ask how many rows are left without the ignored ones: no device has to be waited for."""
-    return hidden.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def live_rows(hidden, n_classes: int, target, ignore_index: int) -> torch.Tensor | None:
-    """Indices of the rows that are not ignored; None where none is, and where the host shall not wait to be told.
-
-    It waits once a call: the device then idles as long as it takes to start the next kernel.
-    """
-    device = hidden.device
-    if torch.compiler.is_compiling() or os.environ.get(SYNC_ENV) == "0" or not device_of(device).may_wait():
-        return None
-    if device.type != "cpu" and hidden.numel() * n_classes < WORTH_WAITING:
-        return None
-    kept = (target != ignore_index).nonzero().squeeze(1)
-    return kept if kept.shape[0] < target.shape[0] else None
-
-
-def spread(part: torch.Tensor | None, kept: torch.Tensor, like: torch.Tensor) -> torch.Tensor | None:
-    """The rows of part at their places in a tensor like `like`, the others 0."""
-    return None if part is None else torch.zeros_like(like).index_copy_(0, kept, part)
 
 
 def vocab_of(weight, vocab: tuple[int, int] | None) -> tuple[int, int]:
@@ -277,12 +258,20 @@ def empty_chunk(rows, n_classes, dtype, device):
     return torch.empty(rows, pitch(n_classes), dtype=dtype, device=device)[:, :n_classes]
 
 
-def project(h, w, b, out) -> None:
-    """out = h w^T + b."""
+def project(h, w, b, out, live: live_rows.LiveRows | None = None) -> bool:
+    """out = h w^T + b; False and not the whole of it where live, if it answers later, says that rows are ignored."""
+    if live is not None and live.event is not None:
+        project(h[: live_rows.AHEAD], w, b, out[: live_rows.AHEAD])
+        if live.some_ignored():
+            return False
+        h, out = h[live_rows.AHEAD :], out[live_rows.AHEAD :]
+    if not h.shape[0]:
+        return True
     if b is None:
         torch.mm(h, w.t(), out=out)
     else:
         torch.addmm(b, h, w.t(), out=out)
+    return True
 
 
 def check_low_rank(inputs, low_weight, hidden, weight, op: str) -> None:

@@ -19,6 +19,7 @@ import torch
 from liger_kernel.ops import head
 from liger_kernel.ops.core import wide
 from liger_kernel.ops.head import WeightSum, chunk_rows, empty_chunk, project
+from liger_kernel.ops.live_rows import counts_for_free
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def run(
     dtype = dtype or head.product_dtype(student.hidden)
     given, device, n_rows = student, student.hidden.device, student.hidden.shape[0]
     index = torch.arange(n_rows, device=device)
-    if live is not None and head.counts_for_free(student.hidden) and not live.all():
+    if live is not None and counts_for_free(student.hidden) and not live.all():
         index = live.nonzero().squeeze(1)
         student = replace(student, hidden=student.hidden[index])
         teacher = replace(teacher, hidden=teacher.hidden[index])

@@ -21,6 +21,7 @@ import torch
 from liger_kernel.ops import head
 from liger_kernel.ops.core import kernels, wide
 from liger_kernel.ops.head import MIB, WeightSum, chunk_rows, empty_chunk, environment_bytes, pitch, project
+from liger_kernel.ops.live_rows import counts_for_free
 from liger_kernel.ops.row_loss import FIELDS, RECOMPUTED, Given, RowLoss, Stats, empty_stats, is_early
 
 # Bytes of a group's logits at most: on a GPU those of a pair of 2048 tokens over 128k classes in 16 bits.
@@ -192,7 +193,7 @@ def derived(objective, log_prob, sides):
 
 def live_rows(target, loss):
     """Indices of the rows that count where the host may ask for them, else None: all."""
-    if not head.counts_for_free(target):
+    if not counts_for_free(target):
         return None
     live = target != loss.ignore_index
     return None if live.all() else live.nonzero().squeeze(1)

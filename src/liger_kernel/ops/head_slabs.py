@@ -18,17 +18,16 @@ from __future__ import annotations
 
 import torch
 
+from liger_kernel.ops import live_rows
 from liger_kernel.ops.core import Kernels, kernels, wide
 from liger_kernel.ops.head import (
     chunk_bytes,
     classes_of,
     empty_chunk,
-    live_rows,
     pitch,
     product_dtype,
     project,
     run,
-    spread,
     vocab_of,
 )
 from liger_kernel.ops.row_loss import TILE, factors, logits_of
@@ -52,16 +51,20 @@ def gradients(
     if low_rank is not None or n_rows > high - low or not fits:
         sizes = dtype, accum_dtype, workspace_bytes, low_rank, vocab
         return run(hidden, weight, bias, given, loss, (), needs, *sizes)[1:]
-    kept = live_rows(hidden, weight.shape[0], given.target, loss.ignore_index)
-    if kept is None:
-        return _gradients(hidden, weight, bias, given, loss, stats, needs, dtype, workspace_bytes, vocab)
+    live = live_rows.ask(hidden, weight.shape[0], given.target, loss.ignore_index)
+    found = None
+    if live is None or live.event is not None or not live.some_ignored():
+        found = _gradients(hidden, weight, bias, given, loss, stats, needs, dtype, workspace_bytes, vocab, live)
+    if live is None or found is not None:
+        return found
+    kept = live.indices()
     part, *others = _gradients(
         hidden[kept], weight, bias, given.take(kept), loss, stats.take(kept), needs, dtype, workspace_bytes, vocab
     )
-    return spread(part, kept, hidden), *others
+    return live_rows.spread(part, kept, hidden), *others
 
 
-def _gradients(hidden, weight, bias, given, loss, stats, needs, dtype, workspace_bytes, vocab):
+def _gradients(hidden, weight, bias, given, loss, stats, needs, dtype, workspace_bytes, vocab, live=None):
     h, (w, b) = hidden.to(dtype).contiguous(), classes_of(weight, bias, dtype, vocab)
     low, high = vocab_of(weight, vocab)
     (n_rows, width), n_classes, device = h.shape, w.shape[0], hidden.device
@@ -79,7 +82,8 @@ def _gradients(hidden, weight, bias, given, loss, stats, needs, dtype, workspace
     for i in range(0, n_classes, step):
         j = min(i + step, n_classes)
         x = slab[:, : j - i]
-        project(h, w[i:j], None if b is None else b[i:j], x)
+        if not project(h, w[i:j], None if b is None else b[i:j], x, live if i == 0 else None):
+            return None
         pair.backward(x, given, loss, stats, i, n_classes)
         if d_hidden is not None:
             d_hidden.add(x, w[i:j])
