@@ -85,8 +85,9 @@ def run(
     found = None
     if live is None or live.event is not None or not live.some_ignored():
         found = _run(hidden, weight, bias, given, *sizes, low_rank, vocab, split, live)
-    if live is None or found is not None:
+    if found is not None:
         return found
+    assert live is not None
     kept = live.indices()
     if split is not None:
         settle = split.settle

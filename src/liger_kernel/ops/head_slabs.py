@@ -55,8 +55,9 @@ def gradients(
     found = None
     if live is None or live.event is not None or not live.some_ignored():
         found = _gradients(hidden, weight, bias, given, loss, stats, needs, dtype, workspace_bytes, vocab, live)
-    if live is None or found is not None:
+    if found is not None:
         return found
+    assert live is not None
     kept = live.indices()
     part, *others = _gradients(
         hidden[kept], weight, bias, given.take(kept), loss, stats.take(kept), needs, dtype, workspace_bytes, vocab
