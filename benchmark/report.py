@@ -169,7 +169,44 @@ def _loss(r: dict) -> str:
     return f"| {r['loss']} | {what} | {r['ms']:.1f} | {r.get('MiB') or ''} |"
 
 
-KINDS = {"losses-": losses, "model-": models, "multi-": multi, "ops-": ops, "head-": heads}
+def parts_of_the_head(data: dict) -> list[str]:
+    """Per-token outputs beside TRL's head, ignored tokens, and small heads beside plain torch; [] where none is."""
+    rows = {op: [r for r in data["rows"] if r["op"] == op] for op in ("logprobs", "ignored", "crossover")}
+    rows["logprobs"] = [r for r in rows["logprobs"] if "peer" in r]
+    lines = []
+    if rows["logprobs"]:
+        peers = list(dict.fromkeys(r["peer"] for r in rows["logprobs"]))
+        lines += ["## Log-probability and entropy per token (T x H x V), bf16", "",
+                  "full: forward, and a backward that computes the logits again.", "",
+                  "| shape | | four GEMMs alone, ms | " + " | ".join(f"{p}, ms | MiB" for p in peers) + " |",
+                  "| --- | --- |" + " ---: |" * (1 + 2 * len(peers))]  # fmt: skip
+        calls: dict[tuple, dict] = {}
+        for r in rows["logprobs"]:
+            floor = f"{r['floor_ms']:.2f}" if r["mode"] == "full" else ""
+            calls.setdefault((r["shape"], r["mode"], floor), {})[r["peer"]] = r
+        for call, found in calls.items():
+            cells = [f"{found[p]['ms']:.2f} | {found[p]['peak_mib']:.0f}" if p in found else " | " for p in peers]
+            lines.append("| " + " | ".join([*call, *cells]) + " |")
+        lines.append("")
+    if rows["ignored"]:
+        lines += ["## Ignored tokens in the head (T x H x V), bf16, forward and backward", "",
+                  "| shape | ignored | ms | where the host may not wait |", "| --- | ---: | ---: | ---: |"]  # fmt: skip
+        times = {(r["shape"], r["share"], r["waits"]): r["ms"] for r in rows["ignored"]}
+        lines += [f"| {shape} | {share:.0%} | {ms:.2f} | {times[shape, share, '0']:.2f} |"
+                  for (shape, share, waits), ms in times.items() if waits == "1"]  # fmt: skip
+        lines.append("")
+    if rows["crossover"]:
+        names = "fused", "fused_host_us", "fused_graph", "plain", "plain_host_us", "plain_graph"
+        lines += ["## Small heads (T x H x V), bf16, forward and backward, beside logits and torch's cross entropy", "",
+                  "| shape | ours as called, ms | host, us | GPU, ms | torch as called, ms | host, us | GPU, ms |",
+                  "| --- |" + " ---: |" * len(names)]  # fmt: skip
+        lines += ["| " + " | ".join([r["shape"], *(f"{r[n]:.4g}" for n in names)]) + " |" for r in rows["crossover"]]
+        lines.append("")
+    return lines[:-1]
+
+
+KINDS = {"losses-": losses, "model-": models, "multi-": multi, "ops-": ops, "head-": heads,
+         "sweep_head-": parts_of_the_head}  # fmt: skip
 
 
 def page() -> str:
@@ -179,8 +216,11 @@ def page() -> str:
         for start, table in KINDS.items():
             if path.name.startswith(start):
                 what = f"{data['card']}, torch {data['torch']}, triton {data['triton']}, commit {data['commit']}"
+                lines = table(data)
+                if not lines:
+                    continue
                 note = ["", data["note"][0].upper() + data["note"][1:] + "."] if "note" in data else []
-                parts.append("\n".join([*table(data), *note, "", f"{what}, {data['date'][:10]} (`{path.name}`)", ""]))
+                parts.append("\n".join([*lines, *note, "", f"{what}, {data['date'][:10]} (`{path.name}`)", ""]))
     return "\n".join(parts)
 
 
