@@ -293,6 +293,16 @@ STEPS = {
 }
 
 
+@pytest.mark.parametrize("later", [False, True])
+def test_the_count_reaches_the_host_whatever_device_is_the_default(later, device):
+    target = masked(64, 40, 0.5, device)
+    with torch.device("meta"):
+        rows = live_rows.LiveRows(target, -100, later)
+    assert rows.some_ignored()
+    assert rows.indices().tolist() == [i for i, label in enumerate(target.tolist()) if label != -100]
+    assert not live_rows.LiveRows(target.clamp(min=0), -100, later).some_ignored()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", STEPS)
 def test_the_host_never_waits_where_that_is_an_error_or_a_graph_is_captured(name, monkeypatch, device):

@@ -28,7 +28,7 @@ class LiveRows:
         self.count = self.mask.sum()
         if later:
             module = torch.get_device_module(target.device)
-            count = torch.empty((), dtype=torch.int64, pin_memory=target.device.type != "cpu")
+            count = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=target.device.type != "cpu")
             self.count = count.copy_(self.count, non_blocking=True)
             self.event = module.Event()
             self.event.record(module.current_stream(target.device))
