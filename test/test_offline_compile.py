@@ -15,15 +15,28 @@ from liger_kernel.ops import EXPORTS, core
 FULL = ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx90a", "gfx950", "gfx1100")
 # Bytes of shared memory that a program may take: of an AMD compute unit, and of the NVIDIA ones with the least (8.6).
 SHARED = {"gfx": 65536, "sm_": 101376}
-# Bytes of stack (registers on AMD) at most, where a tile is held in registers but for these, and read once in return.
+# Bytes of stack (registers on AMD) at most, where a tile is held in registers but for these, and read once in return;
+# on one target, where it is named.
 SPILLS = {
     "softmax 8192x32768 _forward_kernel": 24,
-    "softmax 8192x32768 _backward_kernel": 48,
+    "softmax 8192x32768 _backward_kernel": 56,
+    "sparsemax 8192x32768 _forward_kernel": 8,
+    "sparsemax 4096x131072 _forward_kernel": 8,
     "layer_norm 2048x65536 _backward_kernel": 32,
     "rms_norm 2048x65536 _backward_kernel": 8,
     "rms_norm 512x262144 _backward_kernel": 8,
     "rope 4x4096x(128+1)x64 deinterleaved _rope_kernel": 8,
     "fused_add_rms_norm 16384x4096 _backward_kernel": 8,
+    "fused_add_rms_norm 8192x8192 _backward_kernel": 16,
+    "modulated_rms_norm 2048x32768 for all _backward_kernel": 8,
+    "rms_norm 1048576x128 _forward_kernel": 8,
+    "mhc_coeffs 8192x4x4096 _project_kernel": 16,
+    "mhc_coeffs 4096x4x7168 _project_kernel": 16,
+    "mhc_coeffs 16384x2x2048 _project_kernel": 8,
+    "mhc_coeffs 16384x2x2048 _project_backward_kernel": 8,
+    # Its products of fp32, without matrix units for them, take more registers than a lane of 32 has.
+    "gfx1100 mhc_coeffs 8192x4x4096 _project_backward_kernel": 197,
+    "gfx1100 mhc_coeffs 4096x4x7168 _project_backward_kernel": 197,
 }
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -45,7 +58,8 @@ def assert_fits(target, *arguments):
     for name, spilled, shared, warps in launches:
         assert int(shared) <= SHARED[target[:3]], name
         assert int(warps) * width <= 1024, f"{name}: {warps} warps of {width}"
-        assert " case " in name or int(spilled) <= SPILLS.get(name.split(maxsplit=1)[1], 0), f"{name} spills {spilled}"
+        most = SPILLS.get(name, SPILLS.get(name.split(maxsplit=1)[1], 0))
+        assert " case " in name or int(spilled) <= most, f"{name} spills {spilled}"
 
 
 @needs_triton

@@ -102,7 +102,7 @@ def _backward_kernel(dY, X, W, Rstd, dX, dParams, R, N, ROWS: tl.constexpr, BLOC
         dw3 += r3 * sum3
         dw2 += r2 * sum2
         dw1 += r1 * sum1
-        db += sum0
+        db += tl.where(live, sum0, 0.0)  # 0 already; without it LLVM crashes on RDNA 3 (Triton 3.9)
         c3 = 3.0 * w3 * r3
         c2 = 2.0 * w2 * r2
         c1 = w1 * r1
