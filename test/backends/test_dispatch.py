@@ -104,14 +104,17 @@ def test_why_no_triton_names_what_the_installed_one_is_for(monkeypatch):
     assert "for 'xpu' devices" in backends.triton_for("npu")()
 
 
-@pytest.mark.parametrize("hip, name, arch", [("6.4", "rocm", "gfx942"), (None, "cuda", "sm_90")])
+@pytest.mark.parametrize(
+    "hip, name, arch", [("6.4", "rocm", "gfx942"), ("6.4", "rdna", "gfx1100"), (None, "cuda", "sm_90")]
+)
 def test_amd_and_nvidia_share_a_device_type_and_not_their_facts(hip, name, arch, monkeypatch):
     from types import SimpleNamespace
 
     from liger_kernel.backends import cuda
 
-    properties = SimpleNamespace(multi_processor_count=304, gcnArchName="gfx942:sramecc+:xnack-")
+    properties = SimpleNamespace(multi_processor_count=304, gcnArchName=f"{arch}:sramecc+:xnack-")
     monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(cuda, "_properties", lambda index: properties)
