@@ -297,7 +297,7 @@ def fused_linear_jsd_forward(
 def fused_linear_jsd_backward(grad_output, grad_input, grad_weight):
     """The gradients times the 0-d grad_output, in place; None stays None."""
     grads = grad_input, grad_weight
-    present = next((g for g in grads if g is not None), None)
+    present = ([g for g in grads if g is not None] or [None])[0]
     return grads if present is None else kernels("fused_linear_jsd", present).backward(grads, grad_output)
 
 

@@ -3,7 +3,9 @@
 Optional outputs are empty tensors where they are not asked for: an op has a fixed number of outputs.
 """
 
-from __future__ import annotations
+# torch 2.6 reads an op's schema from the annotations themselves, which "from __future__ import annotations" makes text
+# of, and knows no list[...] nor the Sequence of collections.abc.
+from typing import List, Sequence  # noqa: UP035
 
 import torch
 
@@ -14,6 +16,7 @@ from liger_kernel.ops.core import wide
 from liger_kernel.ops.row_loss import RECOMPUTED, RowLoss, Stats, is_early
 
 Maybe = torch.Tensor | None
+Tensors = List[torch.Tensor]  # noqa: UP006
 
 
 def on_device(value, like) -> Maybe:
@@ -90,10 +93,10 @@ def filled(tensor: Maybe, like: torch.Tensor) -> torch.Tensor:
 def forward_op(
     hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: Maybe, ce_weight: Maybe,
     token_weight: Maybe, normalizer: Maybe, low_inputs: Maybe, low_weight: Maybe, scale: Maybe, temperature: Maybe,
-    ignore_index: int, numbers: list[float], reduction: str, softcap: float | None, accum_dtype: torch.dtype | None,
-    token_scaling: bool, asked: list[bool], needs: list[bool], dtype: torch.dtype, workspace_bytes: int | None,
-    vocab: list[int] | None,
-) -> list[torch.Tensor]:  # fmt: skip
+    ignore_index: int, numbers: Sequence[float], reduction: str, softcap: float | None, accum_dtype: torch.dtype | None,
+    token_scaling: bool, asked: Sequence[bool], needs: Sequence[bool], dtype: torch.dtype, workspace_bytes: int | None,
+    vocab: Sequence[int] | None,
+) -> Tensors:  # fmt: skip
     """-> loss, z_loss, token_accuracy, predicted_tokens, entropy, the five gradients where they are known already, else
     what the backward needs of each row, RECOMPUTED."""
     early = [n and is_early(reduction, dtype) for n in needs]
@@ -130,10 +133,10 @@ def _(hidden, weight, target, bias, ce_weight, token_weight, normalizer, low_inp
 def backward_op(
     d_loss: torch.Tensor, nll: torch.Tensor, top: torch.Tensor, log_sum: torch.Tensor, hidden: torch.Tensor,
     weight: torch.Tensor, target: torch.Tensor, bias: Maybe, ce_weight: Maybe, token_weight: Maybe, normalizer: Maybe,
-    low_inputs: Maybe, low_weight: Maybe, scale: Maybe, temperature: Maybe, ignore_index: int, numbers: list[float],
-    reduction: str, softcap: float | None, accum_dtype: torch.dtype | None, token_scaling: bool, needs: list[bool],
-    dtype: torch.dtype, workspace_bytes: int | None, vocab: list[int] | None,
-) -> list[torch.Tensor]:  # fmt: skip
+    low_inputs: Maybe, low_weight: Maybe, scale: Maybe, temperature: Maybe, ignore_index: int, numbers: Sequence[float],
+    reduction: str, softcap: float | None, accum_dtype: torch.dtype | None, token_scaling: bool, needs: Sequence[bool],
+    dtype: torch.dtype, workspace_bytes: int | None, vocab: Sequence[int] | None,
+) -> Tensors:  # fmt: skip
     """The gradients, recomputed for d_loss (T,)."""
     results = run(
         hidden, weight, target, bias, ce_weight, token_weight, normalizer, low_inputs, low_weight, scale, temperature,
@@ -201,9 +204,9 @@ def traced_logprobs(hidden, weight, target, bias, loss, fields, workspace_bytes)
 @torch.library.custom_op("liger_kernel::fused_linear_logprobs", mutates_args=())
 def logprobs_op(
     hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: Maybe, scale: Maybe,
-    temperature: Maybe, ignore_index: int, softcap: float | None, asked: list[bool], needs: list[bool],
+    temperature: Maybe, ignore_index: int, softcap: float | None, asked: Sequence[bool], needs: Sequence[bool],
     dtype: torch.dtype, workspace_bytes: int | None,
-) -> list[torch.Tensor]:  # fmt: skip
+) -> Tensors:  # fmt: skip
     """-> log_prob, lse, entropy, predicted, the mean logit and, for the backward, top and log_sum."""
     fields = "lse", *(f for f, wanted in zip(("entropy", "predicted", "mean"), asked) if wanted)
     loss = RowLoss(ignore_index, softcap=softcap, scale=or_1(scale), temperature=or_1(temperature))
@@ -225,9 +228,9 @@ def _(hidden, weight, target, bias, scale, temperature, ignore_index, softcap, a
 def logprobs_backward_op(
     d_log_prob: Maybe, d_lse: Maybe, d_entropy: Maybe, log_prob: torch.Tensor, top: torch.Tensor,
     log_sum: torch.Tensor, entropy: Maybe, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor,
-    bias: Maybe, scale: Maybe, temperature: Maybe, ignore_index: int, softcap: float | None, needs: list[bool],
+    bias: Maybe, scale: Maybe, temperature: Maybe, ignore_index: int, softcap: float | None, needs: Sequence[bool],
     dtype: torch.dtype, workspace_bytes: int | None,
-) -> list[torch.Tensor]:  # fmt: skip
+) -> Tensors:  # fmt: skip
     """The gradients of (hidden, weight, bias)."""
     nll = -log_prob
     made = logprobs.logprobs_backward(

@@ -25,8 +25,13 @@ def spare(saved: tuple[torch.Tensor, ...]) -> bool:
     return not torch._C._autograd._get_current_graph_task_keep_graph() and set(_holders(saved)) <= _alone()
 
 
-# torch >= 2.6
 _COUNTS = hasattr(torch._C._autograd, "_get_current_graph_task_keep_graph") and hasattr(torch.Tensor, "_use_count")
+
+
+def hooked() -> bool:
+    """Whether somebody's hooks get the tensors that are saved now; True where torch cannot be asked, as in 2.6."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or bool(top(False))
 
 
 def _holders(saved) -> list[tuple[int, int, int]]:
@@ -58,7 +63,7 @@ def _alone() -> frozenset[tuple[int, int, int]]:
 
     The hooks of checkpointing do so; it is not called here, as its first call imports torch's compiler.
     """
-    if torch._C._autograd._top_saved_tensors_default_hooks(False):
+    if hooked():
         return frozenset()
     shared = (lambda t: t, torch.Tensor.detach, lambda t: t[:])
     with torch.enable_grad():

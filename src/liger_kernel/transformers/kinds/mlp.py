@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from liger_kernel import ops
 from liger_kernel.ops.sharded import is_dtensor
+from liger_kernel.ops.spare import hooked
 from liger_kernel.transformers import functional
 from liger_kernel.transformers.kinds import probe, sharded
 from liger_kernel.transformers.kinds.probe import MAX_ERROR, MIN_SAME, Match, Refusal
@@ -196,7 +197,7 @@ def _may_remake() -> bool:
     return (
         not recomputing
         and hooks._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
-        and not hooks._top_saved_tensors_default_hooks(False)
+        and not hooked()
     )
 
 
