@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from liger_kernel.ops import LigerFusedGateUpSiLUMulFunction
-from liger_kernel.ops.spare import _COUNTS, spare
+from liger_kernel.ops.spare import _COUNTS, _alone, hooked, spare
 from liger_kernel.transformers.functional import liger_geglu, liger_swiglu
 
 needs_counts = pytest.mark.skipif(not _COUNTS, reason="this torch does not count a tensor's holders")
@@ -150,3 +150,25 @@ def test_hooks_on_saved_tensors_are_somebody(device, impl):
 def test_nothing_is_spare_outside_of_a_backward():
     x = torch.ones(3)
     assert not spare((x,))
+
+
+def test_a_torch_that_cannot_be_asked_about_hooks_trains_all_the_same(monkeypatch, device):
+    """torch 2.6: every patched MLP raised AttributeError."""
+    from liger_kernel.transformers import apply_liger_kernel
+
+    from support import tiny_model
+    from support_head import tokens
+
+    monkeypatch.delattr(torch._C._autograd, "_top_saved_tensors_default_hooks", raising=False)
+    monkeypatch.setattr("liger_kernel.ops.spare._alone", _alone.__wrapped__)  # what another torch said is kept
+    assert hooked()
+    given = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in tokens().items()}
+    losses = []
+    for patched in (False, True):
+        model = tiny_model("llama").to(device)
+        if patched:
+            apply_liger_kernel(model)
+        loss = model(**given).loss
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

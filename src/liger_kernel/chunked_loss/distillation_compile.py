@@ -3,14 +3,14 @@
 Gradients are formed in the backward, where the op runs once more and knows the factor of each loss.
 """
 
-from __future__ import annotations
+from typing import Sequence  # noqa: UP035  (see head_compile)
 
 import torch
 
 from liger_kernel.chunked_loss.function import row_loss
 from liger_kernel.chunked_loss.fused_linear_distillation import LigerFusedLinearDistillationBase, solve
 from liger_kernel.ops.core import wide
-from liger_kernel.ops.head_compile import Maybe, filled
+from liger_kernel.ops.head_compile import Maybe, Tensors, filled
 
 
 def traced(name: str, tensors, options) -> torch.Tensor:
@@ -34,8 +34,8 @@ def _options(name, weights, wants_hard, ignore_index, caps, scales, beta, dtype)
 @torch.library.custom_op("liger_kernel::fused_linear_distillation", mutates_args=())
 def distillation_op(
     hidden: torch.Tensor, weight: torch.Tensor, teacher_hidden: torch.Tensor, teacher_weight: torch.Tensor,
-    target: torch.Tensor, bias: Maybe, teacher_bias: Maybe, name: str, weights: list[float], wants_hard: bool,
-    ignore_index: int, caps: list[float], scales: list[float], beta: float, dtype: torch.dtype,
+    target: torch.Tensor, bias: Maybe, teacher_bias: Maybe, name: str, weights: Sequence[float], wants_hard: bool,
+    ignore_index: int, caps: Sequence[float], scales: Sequence[float], beta: float, dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
     tensors = hidden, weight, teacher_hidden, teacher_weight, target, bias, teacher_bias
     options = _options(name, weights, wants_hard, ignore_index, caps, scales, beta, dtype)
@@ -51,9 +51,9 @@ def _(hidden, *rest):
 def backward_op(
     d_loss: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, teacher_hidden: torch.Tensor,
     teacher_weight: torch.Tensor, target: torch.Tensor, bias: Maybe, teacher_bias: Maybe, name: str,
-    weights: list[float], wants_hard: bool, ignore_index: int, caps: list[float], scales: list[float], beta: float,
-    dtype: torch.dtype, needs: list[bool],
-) -> list[torch.Tensor]:  # fmt: skip
+    weights: Sequence[float], wants_hard: bool, ignore_index: int, caps: Sequence[float], scales: Sequence[float],
+    beta: float, dtype: torch.dtype, needs: Sequence[bool],
+) -> Tensors:  # fmt: skip
     tensors = hidden, weight, teacher_hidden, teacher_weight, target, bias, teacher_bias
     options = _options(name, weights, wants_hard, ignore_index, caps, scales, beta, dtype)
     return [filled(g, hidden) for g in solve(tensors, options, tuple(needs), d_loss)[1]]

@@ -25,7 +25,10 @@ def spare(saved: tuple[torch.Tensor, ...]) -> bool:
     return not torch._C._autograd._get_current_graph_task_keep_graph() and set(_holders(saved)) <= _alone()
 
 
-_COUNTS = hasattr(torch._C._autograd, "_get_current_graph_task_keep_graph") and hasattr(torch.Tensor, "_use_count")
+_COUNTS = hasattr(torch.Tensor, "_use_count") and all(
+    hasattr(torch._C._autograd, name)
+    for name in ("_get_current_graph_task_keep_graph", "_top_saved_tensors_default_hooks")
+)
 
 
 def hooked() -> bool:
