@@ -165,6 +165,7 @@ def test_a_torch_that_cannot_be_asked_about_hooks_trains_all_the_same(monkeypatc
     given = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in tokens().items()}
     losses = []
     for patched in (False, True):
+        torch.manual_seed(0)
         model = tiny_model("llama").to(device)
         if patched:
             apply_liger_kernel(model)
