@@ -309,7 +309,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", nargs="*", choices=[*SWEEPS, []], default=[])
     parser.add_argument("--peers", metavar="DIR", help="folder with TRL's package")
-    parser.add_argument("--small", action="store_true", help="head, logprobs and ignored on tiny shapes: a dry run")
+    parser.add_argument("--small", action="store_true", help="tiny shapes for the head's sweeps: a dry run")
     args = parser.parse_args()
     if args.small:
         global SHAPES, SMALL_ROWS, SMALL_CLASSES

@@ -25,24 +25,26 @@ class LiveRows:
 
     def __init__(self, target: torch.Tensor, ignore_index: int, later: bool):
         self.mask, self.event = target != ignore_index, None
-        self.count = self.mask.sum()
-        if later:
-            module = torch.get_device_module(target.device)
-            count = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=target.device.type != "cpu")
-            self.count = count.copy_(self.count, non_blocking=True)
-            self.event = module.Event()
-            self.event.record(module.current_stream(target.device))
+        if not later:
+            self.kept = self.mask.nonzero().squeeze(1)  # the host waits here, once
+            return
+        module = torch.get_device_module(target.device)
+        self.count = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=target.device.type != "cpu")
+        self.count.copy_(self.mask.sum(), non_blocking=True)
+        self.event = module.Event()
+        self.event.record(module.current_stream(target.device))
 
     def some_ignored(self) -> bool:
         """The host waits for the answer, and for nothing that was queued after ask()."""
-        if self.event is not None:
-            self.event.synchronize()
+        if self.event is None:
+            return self.kept.shape[0] < self.mask.shape[0]
+        self.event.synchronize()
         return int(self.count) < self.mask.shape[0]
 
     def indices(self) -> torch.Tensor:
         """Of the rows, in order; after some_ignored()."""
         if self.event is None:
-            return self.mask.nonzero().squeeze(1)
+            return self.kept
         # nonzero() would wait for all that is queued
         return self.mask.argsort(descending=True, stable=True)[: int(self.count)]
 
