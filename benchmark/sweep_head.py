@@ -1,14 +1,14 @@
 """Time the loss kernel's configs, the head's pieces and its chunk sizes on this card, correctness first.
 
-    python -m benchmark.sweep_head [cross_entropy] [pieces] [head] [logprobs] [ignored] [crossover]
+    python -m benchmark.sweep_head [cross_entropy] [pieces] [head] [logprobs] [tiles] [ignored] [crossover]
                                   [--peers DIR] [--small]
 
 cross_entropy: 8192x128256 and 8192x151936, with and without gradient, over launch configs. pieces: the ways to sum dW
 and to round the sum, one chunk's worth. head: the rows of the project's table, lean (dW summed in bf16), default (fp32)
 and without gradients, over chunk sizes, beside the same GEMMs alone. logprobs: forward and backward of per-token
-outputs, beside TRL's where DIR has it. ignored: the head with 75 % of the labels ignored, host waiting or not.
-crossover: small heads beside plain torch. No number is printed for what differs from torch. All rows go to
-benchmark/results (or $OUT).
+outputs, beside TRL's where DIR has it. tiles: the same without gradients, over heights and bytes of a tile. ignored:
+the head with 75 % of the labels ignored, host waiting or not. crossover: small heads beside plain torch.
+No number is printed for what differs from torch. All rows go to benchmark/results (or $OUT).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from liger_kernel.bench.measure import (
     time_call,
     time_graph,
 )
-from liger_kernel.ops import head, live_rows, row_loss, weight_sum
+from liger_kernel.ops import head_chunks, head_tiles, live_rows, row_loss, weight_sum
 from liger_kernel.ops.cross_entropy import liger_cross_entropy
 from liger_kernel.ops.fused_linear_cross_entropy import HeadOptions, _plain, liger_fused_linear_cross_entropy
 from liger_kernel.ops.fused_linear_scaled_cross_entropy import liger_fused_linear_logprobs
@@ -44,6 +44,7 @@ SHAPES = ((4096, 4096, 128256), (8192, 4096, 128256), (16384, 2048, 128256), (16
           (16384, 4096, 32000), (32768, 4096, 128256))  # fmt: skip
 MODES = {"lean": torch.bfloat16, "default": None}
 CHUNK_ROWS = (1024, 2048, 4096)
+TILE_ROWS, TILE_MIB = (2048, 4096, 8192), (64, 128, 300)
 SMALL_ROWS, SMALL_CLASSES = (32, 128, 512, 2048), (128, 2048, 32000)
 CONFIGS = [kernels.Config(warps * 32 * unroll, 8, warps) for warps in (8, 16, 32) for unroll in (1, 2, 4)]  # fmt: skip
 
@@ -120,7 +121,7 @@ def sweep_pieces() -> list[dict]:
     """One chunk's dW, and the rounding of the sum, in milliseconds."""
     rows = []
     for n_rows, width, classes in ((2048, 4096, 128256), (1664, 1024, 151936)):
-        a = torch.randn(n_rows, head.pitch(classes), dtype=torch.bfloat16, device=DEVICE)[:, :classes].t()
+        a = torch.randn(n_rows, head_chunks.pitch(classes), dtype=torch.bfloat16, device=DEVICE)[:, :classes].t()
         b = torch.randn(n_rows, width, dtype=torch.bfloat16, device=DEVICE)
         wide, narrow = (torch.zeros(classes, width, dtype=d, device=DEVICE) for d in (torch.float32, torch.bfloat16))
         left, right = (torch.zeros(classes, width // 2, device=DEVICE) for _ in range(2))
@@ -196,8 +197,39 @@ def sweep_logprobs() -> list[dict]:
     return rows
 
 
-def _logprobs(h, w, y):
-    found = liger_fused_linear_logprobs(h, w, y, return_entropy=True)
+def sweep_tiles() -> list[dict]:
+    """Per-token outputs without gradients over the tiles of the head; 0 rows: chunks of whole rows."""
+    rows, trl, tall, least = [], _trl(), head_tiles.TALL, head_tiles.LEAST
+    for n_rows, width, classes in SHAPES:
+        h = torch.randn(n_rows, width, dtype=torch.bfloat16, device=DEVICE)
+        w = (torch.randn(classes, width, device=DEVICE) / width**0.5).bfloat16()
+        y = torch.randint(0, classes, (n_rows,), device=DEVICE)
+        shape, first = f"{n_rows}x{width}x{classes}", None
+        sizes = [(0, 300), *((t, mib) for t in TILE_ROWS for mib in TILE_MIB)]
+        calls = {(t, mib): functools.partial(_logprobs, h, w, y, mib << 20) for t, mib in sizes}
+        if trl:
+            calls["trl", 0] = functools.partial(trl, h, w, y)
+        for (height, mib), call in calls.items():
+            head_tiles.LEAST = least if height else 1 << 60
+            head_tiles.TALL = height if isinstance(height, int) and height else tall
+            row = {"op": "tiles", "shape": shape, "rows": height, "mib": mib}
+            with torch.no_grad():
+                found = call()
+                first = first or found
+                off = max(relative(a, b) for a, b in zip(found, first))
+                assert off < 2e-2, f"{row} differs by {off}"  # of logits in bf16
+                row |= {"peak_mib": peak_extra_mib(call), "ms": time_call(call, samples=10).median}
+            rows.append(row)
+            print(f"tiles {shape} rows {height!s:5} of {mib:4} MiB {row['ms']:7.2f} ms {row['peak_mib']:7.0f} MiB")
+        head_tiles.TALL, head_tiles.LEAST = tall, least
+        print(f"tiles {shape}: GEMM alone in 4096-row chunks {gemm_floor(h, w, 4096, False):.2f} ms")
+        del h, w, calls, call, found, first
+        torch.cuda.empty_cache()
+    return rows
+
+
+def _logprobs(h, w, y, workspace_bytes=None):
+    found = liger_fused_linear_logprobs(h, w, y, return_entropy=True, workspace_bytes=workspace_bytes)
     return found.log_prob, found.entropy
 
 
@@ -285,7 +317,7 @@ def sweep_head() -> list[dict]:
         floors = {g: gemm_floor(h.detach(), w.detach(), 4096, g) for g in (True, False)}
         print(f"{shape}: GEMM floor in 4096-row chunks {floors[True]:.1f} ms, no grad {floors[False]:.1f} ms")
         for mode, chunk in [(m, c) for m in (*MODES, "no grad") for c in (None, *CHUNK_ROWS)]:
-            budget = None if chunk is None else chunk * head.pitch(classes) * 2
+            budget = None if chunk is None else chunk * head_chunks.pitch(classes) * 2
             row = {"op": "head", "shape": shape, "mode": mode, "chunk_rows": chunk,
                    "floor_ms": floors[mode != "no grad"]}  # fmt: skip
             rows.append(row)
@@ -302,7 +334,8 @@ def sweep_head() -> list[dict]:
 
 
 SWEEPS = {"cross_entropy": sweep_cross_entropy, "pieces": sweep_pieces, "head": sweep_head,
-          "logprobs": sweep_logprobs, "ignored": sweep_ignored, "crossover": sweep_crossover}  # fmt: skip
+          "logprobs": sweep_logprobs, "tiles": sweep_tiles, "ignored": sweep_ignored,
+          "crossover": sweep_crossover}  # fmt: skip
 
 
 def main() -> int:

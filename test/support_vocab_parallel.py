@@ -14,22 +14,22 @@ ROWS, WIDTH = 9, 16
 SLACK = 40 * 2.0**-24
 
 
-def _inputs(sizes, confident):
+def _inputs(sizes, confident, ignore_index=-100):
     generator = torch.Generator().manual_seed(3)
     n_classes = sum(sizes)
     hidden = torch.randn(ROWS, WIDTH, generator=generator, dtype=torch.float64)
     weight = torch.randn(n_classes, WIDTH, generator=generator, dtype=torch.float64)
     target = torch.randint(0, n_classes, (ROWS,), generator=generator)
-    target[2] = -100
+    target[2] = ignore_index
     hidden[:confident] = 4.0 * weight[target[:confident]]  # whose own class gets nearly all of the probability
     first = sum(sizes[: dist.get_rank()])
     part = slice(first, first + sizes[dist.get_rank()])
     return hidden.float(), weight.float(), target, part
 
 
-def head_errors(sizes, bias=False, **options) -> dict:
+def head_errors(sizes, bias=False, ignore_index=-100, **options) -> dict:
     """{output or gradient: (error, limit)} of this rank's fp32 against fp64 on one rank."""
-    hidden, weight, target, part = _inputs(sizes, confident=2)
+    hidden, weight, target, part = _inputs(sizes, 2, ignore_index)
     b = torch.linspace(-1, 1, weight.shape[0]) if bias else None
     factors = torch.randn(3, ROWS, generator=torch.Generator().manual_seed(4))
 
@@ -41,15 +41,17 @@ def head_errors(sizes, bias=False, **options) -> dict:
 
     def ours(hidden, weight, bias):
         found = liger_vocab_parallel_logprobs(
-            hidden, weight, target.to(hidden.device), bias, return_entropy=True, workspace_bytes=1, **options
-        )
+            hidden, weight, target.to(hidden.device), bias, return_entropy=True, workspace_bytes=1,
+            ignore_index=ignore_index, **options,
+        )  # fmt: skip
         return found.log_prob, found.lse, found.entropy
 
     place = rank_device()
     local = (hidden.to(place), weight[part].to(place), None if b is None else b[part].to(place))
     found, grads = outcome(ours, *local)
     wide = (hidden.double(), weight.double(), None if b is None else b.double())
-    truth, true_grads = outcome(lambda h, w, bias: reference(h, w, bias, target, **options), *wide)
+    label = target.masked_fill(target == ignore_index, -100)
+    truth, true_grads = outcome(lambda h, w, bias: reference(h, w, bias, label, **options), *wide)
     names = ("log_prob", "lse", "entropy", "d_hidden", "d_weight", "d_bias")
     true_grads = [true_grads[0], true_grads[1][part], None if b is None else true_grads[2][part]]
     return _errors(names, [*found, *grads], [*truth, *true_grads])

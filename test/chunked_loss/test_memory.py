@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from chunked_loss.test_call_arguments import KINDS, cases, fused
 from chunked_loss.test_lengths import labels, without
-from liger_kernel.ops import head, head_distill, head_groups
+from liger_kernel.ops import head, head_chunks, head_distill, head_groups
 
 from support_losses import outcome
 
@@ -47,7 +47,7 @@ def case(kind, length, device):
 
 @pytest.mark.parametrize("kind, options", LOSSES, ids=str)
 def test_no_chunk_of_logits_exceeds_the_budget_however_long_a_completion(kind, options, device, monkeypatch):
-    chunks, make = [], head.empty_chunk
+    chunks, make = [], head_chunks.empty_chunk
 
     def noted(rows, n_classes, dtype, where):
         chunks.append(rows * n_classes * dtype.itemsize)

@@ -25,6 +25,13 @@ def test_head_is_that_of_one_rank(ranks, sizes, options):
             assert ours <= limit, (name, ours, limit)
 
 
+@pytest.mark.parametrize("ignore_index", [0, 3, 25])
+def test_rows_whose_label_is_another_ranks_were_ignored_where_ignore_index_is_a_class(ranks, ignore_index):
+    for errors in ranks(head_errors, sizes=(20, 21), ignore_index=ignore_index):
+        for name, (ours, limit) in errors.items():
+            assert ours <= limit, (name, ours, limit)
+
+
 @pytest.mark.parametrize("sizes", SIZES)
 def test_head_under_upstreams_name(ranks, sizes):
     for errors in ranks(under_upstreams_name, sizes=sizes):

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from liger_kernel.ops import fused_linear_cross_entropy as room
-from liger_kernel.ops import head, weight_sum
+from liger_kernel.ops import head, head_chunks, weight_sum
 from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, functional
 from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
 from liger_kernel.transformers.functional import liger_fused_linear_logprobs as logprobs
@@ -46,7 +46,7 @@ def test_weight_gradient_is_independent_of_the_number_of_chunks(device):
     for chunks in (1, 2, 4, 8, 16, 32, 64):
         weight.grad = None
         budget = 1024 // chunks * 64 * 2
-        assert head.chunk_rows(1024, 64, torch.bfloat16, device, True, budget) == 1024 // chunks
+        assert head_chunks.chunk_rows(1024, 64, torch.bfloat16, device, True, budget) == 1024 // chunks
         fused(x, weight, target, workspace_bytes=budget).backward()
         errors.append(relative_error(weight.grad, truth))
     assert max(errors) < 1.2 * min(errors), errors
@@ -162,13 +162,13 @@ def test_logits_never_exist_whole(call, device):
 @pytest.mark.parametrize("classes", [1, 3, 50257, 262144])
 def test_a_chunk_fits_its_budget(rows, classes, monkeypatch):
     for dtype in (torch.float32, torch.bfloat16):
-        fits = head.chunk_rows(rows, classes, dtype, torch.device("cpu"), True, 1 << 26)
-        assert 1 <= fits <= rows and fits * head.pitch(classes) * dtype.itemsize <= 1 << 26
+        fits = head_chunks.chunk_rows(rows, classes, dtype, torch.device("cpu"), True, 1 << 26)
+        assert 1 <= fits <= rows and fits * head_chunks.pitch(classes) * dtype.itemsize <= 1 << 26
     monkeypatch.setenv("LIGER_KERNEL_WORKSPACE_MB", "64")
-    assert head.chunk_rows(rows, classes, dtype, torch.device("cpu"), True) == fits
+    assert head_chunks.chunk_rows(rows, classes, dtype, torch.device("cpu"), True) == fits
     monkeypatch.setenv("LIGER_KERNEL_WORKSPACE_MB", "lots")
     with pytest.raises(ValueError, match="LIGER_KERNEL_WORKSPACE_MB='lots'"):
-        head.chunk_rows(rows, classes, dtype, torch.device("cpu"), True)
+        head_chunks.chunk_rows(rows, classes, dtype, torch.device("cpu"), True)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -448,7 +448,7 @@ def test_ignored_rows_go_through_no_product_on_a_cpu(monkeypatch):
     x, w = torch.randn(64, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
     y = torch.randint(0, 30, (64,))
     y[torch.randperm(64)[:48]] = -100
-    seen, project = [], head.project
+    seen, project = [], head_chunks.project
     monkeypatch.setattr(head, "project", lambda h, *rest: (seen.append(h.shape[0]), project(h, *rest)))
     ours = torch.autograd.grad(fused(x, w, y), (x, w))
     assert sum(seen) == 16

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from liger_kernel import backends
-from liger_kernel.ops import head, head_slabs, live_rows, row_loss
+from liger_kernel.ops import head, head_chunks, head_slabs, head_tiles, live_rows, row_loss
 from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
 from liger_kernel.transformers.functional import liger_fused_linear_logprobs as logprobs
 
@@ -123,10 +123,10 @@ def test_recomputed_gradients_do_not_depend_on_the_slabs(dtype, device):
 def test_chunks_and_slabs_fit_their_budget(rows, classes):
     device = torch.device("cpu")
     for budget in (1 << 24, 1 << 28, 1 << 32):
-        chunk = head.chunk_rows(rows, classes, torch.bfloat16, device, True, budget)
-        assert chunk * head.pitch(classes) * 2 <= budget
+        chunk = head_chunks.chunk_rows(rows, classes, torch.bfloat16, device, True, budget)
+        assert chunk * head_chunks.pitch(classes) * 2 <= budget
         slab = head_slabs.slab_classes(rows, classes, torch.bfloat16, device, budget)
-        assert rows * head.pitch(slab) * 2 <= budget  # 0 classes where none fit: row chunks are taken then
+        assert rows * head_chunks.pitch(slab) * 2 <= budget  # 0 classes where none fit: row chunks are taken then
 
 
 class Peak(TorchDispatchMode):
@@ -149,6 +149,7 @@ class Peak(TorchDispatchMode):
 
 @pytest.mark.parametrize("call", ["mean", "none", "log-probabilities", "no grad"])
 def test_what_is_allocated_stays_within_the_budget_at_any_length(call, monkeypatch, device):
+    monkeypatch.setattr(head_tiles, "LOT", 4096)
     for room in (row_loss, head_slabs):  # torch's row kernels go through a chunk in tiles of their own
         monkeypatch.setattr(room, "TILE", 1 << 16)
     width, budget = 4, 1 << 23
@@ -174,12 +175,12 @@ def test_what_is_allocated_stays_within_the_budget_at_any_length(call, monkeypat
 def test_a_default_chunk_on_a_gpu_is_full_tiles_or_everything():
     device = torch.device("cuda")  # only named, none is needed
     for rows, classes, width in ((8192, 128256, 4096), (16384, 151936, 1024), (16384, 32000, 4096)):
-        chunk = head.chunk_rows(rows, classes, torch.bfloat16, device, True, None, 2 * classes * width)
-        assert chunk % 512 == 0 and chunk * head.pitch(classes) * 2 <= 600 << 20
+        chunk = head_chunks.chunk_rows(rows, classes, torch.bfloat16, device, True, None, 2 * classes * width)
+        assert chunk % 512 == 0 and chunk * head_chunks.pitch(classes) * 2 <= 600 << 20
     # no more than two chunks and the other half of an fp32 sum take
-    assert head.chunk_rows(4096, 128256, torch.bfloat16, device, True, None, 2 * 128256 * 4096) == 4096
-    assert head.chunk_rows(4096, 128256, torch.bfloat16, device, True) == 2048
-    assert head.chunk_rows(4096, 128256, torch.bfloat16, device, True, 1 << 29, 2 * 128256 * 4096) == 2048
+    assert head_chunks.chunk_rows(4096, 128256, torch.bfloat16, device, True, None, 2 * 128256 * 4096) == 4096
+    assert head_chunks.chunk_rows(4096, 128256, torch.bfloat16, device, True) == 2048
+    assert head_chunks.chunk_rows(4096, 128256, torch.bfloat16, device, True, 1 << 29, 2 * 128256 * 4096) == 2048
 
 
 def masked(rows, classes, share, device):
@@ -192,14 +193,14 @@ def masked(rows, classes, share, device):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_ignored_rows_change_no_gradient_whether_the_host_asks_or_not(reduction, share, later, monkeypatch, device):
     monkeypatch.setattr(live_rows, "WORTH_WAITING", 0)
-    monkeypatch.setattr(live_rows, "AHEAD", 16)
+    monkeypatch.setattr(live_rows, "AHEAD", 16 * 40)
     backend = dataclasses.replace(backends.device_of(device), answers_later=later)
     monkeypatch.setattr(live_rows, "device_of", lambda device: backend)
     x, weight = (torch.randn(*s, device=device, requires_grad=True) for s in ((64, 8), (40, 8)))
     target, found = masked(64, 40, share, device), []
     products = []
-    project = head.project
-    for module in (head, head_slabs):
+    project = head_chunks.project
+    for module in (head, head_chunks, head_slabs):
         monkeypatch.setattr(module, "project", lambda h, *rest: products.append(h.shape[0]) or project(h, *rest))
     for wait in ("1", "0"):
         monkeypatch.setenv("LIGER_KERNEL_HOST_SYNC", wait)

@@ -112,7 +112,7 @@ def _remade(model: nn.Module, tokens: int) -> int:
 
 def head_bytes(model: nn.Module, found, tokens: int, dtype: torch.dtype) -> dict | None:
     """What logits, loss and their gradients take at most, unfused and fused; None without a language-model head."""
-    from liger_kernel.ops.head import chunk_rows, pitch
+    from liger_kernel.ops.head_chunks import chunk_rows, pitch
 
     row = next(row for row in found.rows if row.kind == "head")
     weight = getattr(model.get_submodule(row.module), "weight", None) if row.reason is None else None

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from liger_kernel.backends import device_of
-from liger_kernel.ops import cross_entropy, head
+from liger_kernel.ops import cross_entropy, head, head_chunks
 from liger_kernel.ops.core import Case, Contract, Kernels, kernels
 from liger_kernel.ops.cross_entropy import CrossEntropyOutput
 from liger_kernel.ops.row_loss import (
@@ -335,7 +335,7 @@ def _is_small(input, weight, options) -> bool:
     return (
         input.numel() * weight.shape[0] <= most * input.shape[-1]
         and (options.workspace_bytes, options.token_weight) == (None, None)
-        and head.environment_bytes() is None
+        and head_chunks.environment_bytes() is None
         and (fused_linear_cross_entropy_forward, fused_linear_cross_entropy_backward) == _OWN
     )
 
@@ -347,7 +347,7 @@ def _plain(input, weight, target, bias, ce_weight, ignore_index, label_smoothing
     """The loss by way of its logits."""
     loss = RowLoss(ignore_index, label_smoothing, 0.0, softcap, options.logit_scale, options.temperature)
     dtype = options.dtype or head.product_dtype(input)
-    w, b = head.classes_of(weight, bias, dtype, options.vocab)
+    w, b = head_chunks.classes_of(weight, bias, dtype, options.vocab)
     z = logits_of(torch.nn.functional.linear(input.to(dtype), w, b).flatten(0, -2), loss)
     given = prepare(target.reshape(-1), loss, z, ce_weight, reduction, normalizer=options.normalizer)
     mode = torch.nn._reduction.get_enum("none" if reduction == "none" else "sum")

@@ -16,24 +16,17 @@ Split     among ranks, each with some of the classes: they meet once a chunk, se
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
-from liger_kernel.ops import live_rows
+from liger_kernel.ops import head_tiles, live_rows
 from liger_kernel.ops.core import kernels, wide
+from liger_kernel.ops.head_chunks import chunk_rows, classes_of, empty_chunk, project, vocab_of
 from liger_kernel.ops.row_loss import Given, RowLoss, Stats, autocast_dtype, empty_stats
 from liger_kernel.ops.sharded import why_not_whole
 from liger_kernel.ops.weight_sum import WeightSum
-
-MIB = 1 << 20
-WORKSPACE_ENV = "LIGER_KERNEL_WORKSPACE_MB"
-NO_ROWS = 1 << 30  # no limit
-# (bytes, rows) at most of a default chunk. H100, bf16, sweep 2026-11-22: 4096 rows would take 0 to 6 % less time than
-# 2048, for twice the memory.
-CHUNK = {"cpu": (32 * MIB, 1 << 20), "gradients": (600 * MIB, 3584), "forward": (300 * MIB, 4096)}
 
 
 @dataclass(frozen=True)
@@ -110,9 +103,14 @@ def _run(
     classes = slice(*vocab_of(weight, vocab))
     (n_rows, width), n_classes = h_all.shape, w.shape[0]
     device = hidden.device
+    grads = any(needs) or (low_rank is not None and any(low_rank.needs))
+    if not grads and low_rank is None and split is None and head_tiles.can(loss, fields):
+        tile = head_tiles.tile_of(n_rows, n_classes, dtype, device, workspace_bytes)
+        if tile[1] < n_classes:
+            found = head_tiles.outputs(h_all, w, b, given, loss, fields, tile, live)
+            return None if found is None else (found, None, None, None)
     stats = empty_stats(n_rows, device, wide(dtype), fields)
     low = None if low_rank is None else _LowRankTerm(low_rank, dtype, vocab)
-    grads = any(needs) or (low_rank is not None and any(low_rank.needs))
     total = accum_dtype or wide(dtype)
     n_summed, n_wide = (weight.shape[0], n_classes) if split is None else (split.n_classes, split.n_classes)
     sum_bytes = n_summed * width * (total.itemsize - weight.dtype.itemsize) if needs[1] else 0
@@ -185,20 +183,9 @@ class _LowRankTerm:
         )
 
 
-def vocab_of(weight, vocab: tuple[int, int] | None) -> tuple[int, int]:
-    return vocab if vocab is not None else (0, weight.shape[0])
-
-
 def scaled(grads, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """Gradients times a 0-d factor, over their own memory; None stays None."""
     return tuple(None if g is None else kernels("cross_entropy", g).backward(g, factor) for g in grads)
-
-
-def classes_of(weight, bias, dtype, vocab):
-    """The rows of weight and bias that are the classes, in the dtype of the products."""
-    if vocab is not None:
-        weight, bias = weight[slice(*vocab)], None if bias is None else bias[slice(*vocab)]
-    return weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype)
 
 
 def product_dtype(hidden: torch.Tensor) -> torch.dtype:
@@ -206,73 +193,6 @@ def product_dtype(hidden: torch.Tensor) -> torch.dtype:
     if hidden.dtype is torch.float64:
         return hidden.dtype
     return autocast_dtype(hidden.device) or hidden.dtype
-
-
-def chunk_rows(
-    n_rows, n_classes, dtype, device, gradients: bool, workspace_bytes: int | None = None, sum_bytes: int = 0
-) -> int:
-    """Rows of a chunk whose logits fit workspace_bytes (default: LIGER_KERNEL_WORKSPACE_MB, else the device's).
-
-    By default a single chunk may also have the sum_bytes that only several chunks need for the sum of dW.
-    """
-    limit, most = chunk_bytes(device, gradients, workspace_bytes)
-    if most < NO_ROWS and device.type != "cpu" and n_rows * pitch(n_classes) * dtype.itemsize <= limit + sum_bytes:
-        return max(n_rows, 1)
-    rows = max(1, min(limit // (pitch(n_classes) * dtype.itemsize), most, n_rows))
-    if rows >= n_rows:
-        return max(n_rows, 1)
-    if rows < 128:
-        return rows
-    # Full tiles of a GEMM. H100, bf16, 16384x1024x151936, sweep 2026-11-22: rows 1024 28.6 ms, 1664 29.7, 2048 27.7.
-    unit = 512 if rows >= 1024 else 128
-    whole = rows // unit * unit
-    share = -(-n_rows // -(-n_rows // whole))  # chunks of one size
-    return min(whole, -(-share // unit) * unit)
-
-
-def chunk_bytes(device, gradients: bool, workspace_bytes: int | None = None) -> tuple[int, int]:
-    """(bytes, rows) at most of a chunk: as asked for, as the environment says, or the device's default."""
-    asked = workspace_bytes if workspace_bytes is not None else environment_bytes()
-    if asked is not None:
-        return asked, NO_ROWS
-    return CHUNK["cpu" if device.type == "cpu" else "gradients" if gradients else "forward"]
-
-
-def environment_bytes() -> int | None:
-    value = os.environ.get(WORKSPACE_ENV)
-    if not value:
-        return None
-    try:
-        return max(1, int(float(value) * MIB))
-    except ValueError:
-        raise ValueError(f"{WORKSPACE_ENV}={value!r} is not a number of MiB") from None
-
-
-def pitch(n_classes: int) -> int:
-    """Elements from row to row of a chunk: rows begin at 16-byte boundaries, as wide loads and GEMMs like them."""
-    return -(-n_classes // 16) * 16
-
-
-def empty_chunk(rows, n_classes, dtype, device):
-    if torch.compiler.is_compiling():  # Dynamo takes no strided `out`
-        return torch.empty(rows, n_classes, dtype=dtype, device=device)
-    return torch.empty(rows, pitch(n_classes), dtype=dtype, device=device)[:, :n_classes]
-
-
-def project(h, w, b, out, live: live_rows.LiveRows | None = None) -> bool:
-    """out = h w^T + b; False and not the whole of it where live, if it answers later, says that rows are ignored."""
-    if live is not None and live.event is not None:
-        project(h[: live_rows.AHEAD], w, b, out[: live_rows.AHEAD])
-        if live.some_ignored():
-            return False
-        h, out = h[live_rows.AHEAD :], out[live_rows.AHEAD :]
-    if not h.shape[0]:
-        return True
-    if b is None:
-        torch.mm(h, w.t(), out=out)
-    else:
-        torch.addmm(b, h, w.t(), out=out)
-    return True
 
 
 def check_low_rank(inputs, low_weight, hidden, weight, op: str) -> None:

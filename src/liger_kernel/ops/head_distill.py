@@ -18,8 +18,9 @@ import torch
 
 from liger_kernel.ops import head
 from liger_kernel.ops.core import wide
-from liger_kernel.ops.head import WeightSum, chunk_rows, empty_chunk, project
+from liger_kernel.ops.head_chunks import chunk_rows, empty_chunk, project
 from liger_kernel.ops.live_rows import counts_for_free
+from liger_kernel.ops.weight_sum import WeightSum
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ import torch
 
 from liger_kernel.ops import head
 from liger_kernel.ops.core import kernels, wide
-from liger_kernel.ops.head import MIB, WeightSum, chunk_rows, empty_chunk, environment_bytes, pitch, project
+from liger_kernel.ops.head_chunks import MIB, chunk_rows, empty_chunk, environment_bytes, pitch, project
 from liger_kernel.ops.live_rows import counts_for_free
 from liger_kernel.ops.row_loss import FIELDS, RECOMPUTED, Given, RowLoss, Stats, empty_stats, is_early
+from liger_kernel.ops.weight_sum import WeightSum
 
 # Bytes of a group's logits at most: on a GPU those of a pair of 2048 tokens over 128k classes in 16 bits.
 GROUP = {"cpu": 256 * MIB, "gpu": 1024 * MIB}

@@ -20,16 +20,8 @@ import torch
 
 from liger_kernel.ops import live_rows
 from liger_kernel.ops.core import Kernels, kernels, wide
-from liger_kernel.ops.head import (
-    chunk_bytes,
-    classes_of,
-    empty_chunk,
-    pitch,
-    product_dtype,
-    project,
-    run,
-    vocab_of,
-)
+from liger_kernel.ops.head import product_dtype, run
+from liger_kernel.ops.head_chunks import chunk_bytes, classes_of, empty_chunk, pitch, project, vocab_of
 from liger_kernel.ops.row_loss import TILE, factors, logits_of
 from liger_kernel.ops.weight_sum import WeightSum, add_product, zero_outside
 

@@ -1,4 +1,4 @@
-"""One softmax over a vocabulary that is split among the ranks of a group: what each finds in its part, put together.
+"""One softmax over a vocabulary that is split, among the ranks of a group say: what each part finds, put together.
 
 Rank r holds z_j for j in its part; of a token it finds lse_r, the nll_r of the label where the label is its own, and
 entropy_r, all of the softmax over its part alone. With s_r = exp(lse_r - lse), the share of that part:
@@ -27,12 +27,19 @@ from torch import distributed as dist
 from liger_kernel.ops.core import debug_enabled
 from liger_kernel.ops.row_loss import Given, RowLoss, Stats
 
+NO_LABEL = -1  # ignore_index of a part: a class's number would also be the label of a row within the part
+
+
+def of_part(loss: RowLoss) -> RowLoss:
+    """What is computed of a part's rows, whose labels are those within it and NO_LABEL."""
+    return replace(loss, ignore_index=NO_LABEL)
+
 
 @dataclass(frozen=True)
 class Part:
     """This rank's part of the vocabulary, and its labels (T,)."""
 
-    target: torch.Tensor  # within this part; 0 where the label is in another one, ignore_index where it is ignored
+    target: torch.Tensor  # within this part; 0 where the label is in another one, NO_LABEL where it is ignored
     owner: torch.Tensor  # (ranks, T): whether the label is in the part of that rank
     live: torch.Tensor  # whether the label is not ignored
     rank: int
@@ -96,7 +103,7 @@ def find_part(target: torch.Tensor, n_here: int, loss: RowLoss, group, op: str) 
             f"ignore_index={loss.ignore_index}"
         )
     rank = size_and_rank(group)[1]
-    local = (target - starts[rank]).where(owner[rank], 0).masked_fill(~live, loss.ignore_index)
+    local = (target - starts[rank]).where(owner[rank], 0).masked_fill(~live, NO_LABEL)
     return Part(local, owner, live, rank, n_here, ends[-1, 0], starts[rank, 0])
 
 
@@ -105,27 +112,37 @@ def combine(part: Part, nll, lse, entropy, group) -> Whole:
     lse = lse if part.size else torch.full_like(lse, float("-inf"))
     found = gather(torch.stack((lse, nll.where(part.here, 0.0), entropy)), group)
     lses, nlls, entropies = found.unbind(1)
-    whole_lse = lses.logsumexp(0)
-    shares = (lses - whole_lse).exp()
-    others = torch.stack([_without(lses, rank) for rank in range(len(lses))])
-    nlls = nlls + torch.logaddexp(lses.new_zeros(()), others - lses)
-    parts = shares * (whole_lse - lses + entropies)
-    nll = nlls.where(part.owner, 0.0).sum(0).where(part.inside, float("nan"))
+    whole_nll, whole_lse, whole_entropy = put_together(lses, nlls, entropies, part.owner)
+    others = lses.index_fill(0, torch.tensor(part.rank, device=lses.device), float("-inf")).logsumexp(0)
     return Whole(
-        nll.where(part.live, 0.0),
+        whole_nll.where(part.inside, float("nan")).where(part.live, 0.0),
         whole_lse.where(part.live, 0.0),
-        parts.where(shares > 0, 0.0).sum(0).where(part.live, 0.0),
-        shares[part.rank],
-        (others[part.rank] - whole_lse).exp(),
+        whole_entropy.where(part.live, 0.0),
+        (lses[part.rank] - whole_lse).exp(),
+        (others - whole_lse).exp(),
         lse,
         entropy,
     )
 
 
-def _without(lses: torch.Tensor, rank: int) -> torch.Tensor:
-    """lse over all parts but that of rank."""
-    others = torch.cat((lses[:rank], lses[rank + 1 :]))
-    return others.logsumexp(0) if len(others) else torch.full_like(lses[0], float("-inf"))
+def put_together(lses, nlls, entropies, owner):
+    """(nll, lse, entropy) of each token (T,) from those of the parts, each (parts, T); entropies may be None.
+
+    owner: (parts, T), whether the label is in that part; nll has no meaning where it is in none.
+    """
+    lse, here = lses.logsumexp(0), lses.where(owner, 0.0).sum(0)
+    others = lses.masked_fill(owner, float("-inf")).logsumexp(0)
+    nll = nlls.where(owner, 0.0).sum(0) + torch.logaddexp(lses.new_zeros(()), others - here)
+    nll = nll.masked_fill(here == float("-inf"), float("inf"))  # the label's part has no finite logit
+    if entropies is None:
+        return nll, lse, None
+    shares = (lses - lse).exp()
+    return nll, lse, (shares * (lse - lses + entropies)).where(shares > 0, 0.0).sum(0)
+
+
+def first_of_largest(tops, places) -> torch.Tensor:
+    """Of each token (T,) the place, of those (parts, T), that has the largest logit; the first of equal ones."""
+    return places.gather(0, tops.argmax(0, keepdim=True)).squeeze(0)
 
 
 def first_largest(part: Part, stats: Stats, group) -> torch.Tensor:
@@ -134,7 +151,7 @@ def first_largest(part: Part, stats: Stats, group) -> torch.Tensor:
     assert top is not None and predicted is not None
     top = top if part.size else torch.full_like(top, float("-inf"))
     tops, places = gather(top, group), gather(predicted + part.start, group)
-    return places.gather(0, tops.argmax(0, keepdim=True)).squeeze(0).where(part.live, -1)
+    return first_of_largest(tops, places).where(part.live, -1)
 
 
 def upstream(part: Part, whole: Whole, d_nll, d_lse=None, d_entropy=None) -> Given:

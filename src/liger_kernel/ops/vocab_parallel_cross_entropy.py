@@ -15,7 +15,7 @@ import torch
 
 from liger_kernel.ops.core import wide
 from liger_kernel.ops.row_loss import Given, RowLoss, compute, inverse, rows_of
-from liger_kernel.ops.vocab_parallel import combine, find_part, gather, upstream
+from liger_kernel.ops.vocab_parallel import combine, find_part, gather, of_part, upstream
 
 NAME = "vocab_parallel_cross_entropy"
 FORMULAS, MODES = ("megatron", "pytorch"), ("global", "partition")
@@ -55,7 +55,7 @@ class LigerVocabParallelCEFunction(torch.autograd.Function):
             raise ValueError(
                 f"{NAME}: target must be int64 or int32 on {x.device}, got {labels.dtype} on {labels.device}"
             )
-        part = find_part(labels, n_here, loss, tp_group, NAME)
+        part, loss = find_part(labels, n_here, loss, tp_group, NAME), of_part(loss)
         fields = ("lse", "mean") if label_smoothing else ("lse",)
         nll, lse, mean = _of_part(x, part, loss, fields)
         whole = combine(part, nll, lse, torch.zeros_like(lse), tp_group)

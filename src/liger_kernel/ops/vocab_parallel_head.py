@@ -18,7 +18,7 @@ from liger_kernel.ops import head
 from liger_kernel.ops.core import kernels, wide
 from liger_kernel.ops.fused_linear_scaled_cross_entropy import LinearLogprobs
 from liger_kernel.ops.row_loss import RECOMPUTED, Given, RowLoss
-from liger_kernel.ops.vocab_parallel import combine, find_part, first_largest, size_and_rank, upstream
+from liger_kernel.ops.vocab_parallel import combine, find_part, first_largest, of_part, size_and_rank, upstream
 
 NAME = "vocab_parallel_head"
 
@@ -46,7 +46,7 @@ def run(
     w, b = _filled(weight, bias)
     fields = (*RECOMPUTED, *(f for f in _fields(with_entropy, with_predicted) if f not in RECOMPUTED))
     stats, d_hidden, d_weight, d_bias = head.run(
-        hidden, w, b, Given(part.target), loss, fields, needs, dtype, accum_dtype, workspace_bytes,
+        hidden, w, b, Given(part.target), of_part(loss), fields, needs, dtype, accum_dtype, workspace_bytes,
         split=head.Split(n_classes, settle),
     )  # fmt: skip
     predicted = first_largest(part, stats, group) if with_predicted else None
@@ -67,8 +67,8 @@ class LigerVocabParallelLogprobsFunction(torch.autograd.Function):
         dtype = head.product_dtype(hidden)
         part = find_part(target, weight.shape[0], loss, group, NAME)
         stats, *_ = kernels("fused_linear_cross_entropy", hidden).forward(
-            hidden, *_filled(weight, bias), Given(part.target), loss, fields=_fields(with_entropy, with_predicted),
-            dtype=dtype, workspace_bytes=workspace_bytes,
+            hidden, *_filled(weight, bias), Given(part.target), of_part(loss),
+            fields=_fields(with_entropy, with_predicted), dtype=dtype, workspace_bytes=workspace_bytes,
         )  # fmt: skip
         whole = _whole(part, stats, group)
         ctx.save_for_backward(hidden, weight, bias)
@@ -88,7 +88,7 @@ class LigerVocabParallelLogprobsFunction(torch.autograd.Function):
         given[0] = torch.zeros_like(whole.nll) if d_nll is None else given[0]
         needs = (*ctx.needs_input_grad[:2], ctx.needs_input_grad[3])
         _, d_hidden, d_weight, d_bias = kernels("fused_linear_cross_entropy", hidden).forward(
-            hidden, *_filled(weight, bias), upstream(part, whole, *given), loss, needs=needs, dtype=dtype,
+            hidden, *_filled(weight, bias), upstream(part, whole, *given), of_part(loss), needs=needs, dtype=dtype,
             accum_dtype=accum_dtype, workspace_bytes=workspace_bytes,
         )  # fmt: skip
         if d_hidden is not None and sums and size_and_rank(group)[0] > 1:
