@@ -207,6 +207,35 @@ def test_prepared_by_accelerate_it_stays_fused_and_comes_off(fused_calls, device
     accelerate.state.AcceleratorState._reset_state(True)  # its mixed precision is process-wide
 
 
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_a_replicas_outputs_can_be_gathered_though_its_logits_were_lazy(return_dict, fused_calls, monkeypatch):
+    """nn.DataParallel on a CPU: its own functions, but for those that copy from device to device."""
+    replicate = importlib.import_module("torch.nn.parallel.replicate")
+    gather = importlib.import_module("torch.nn.parallel.scatter_gather")
+    clones = lambda tensors, devices, detach=False: [[t.clone() for t in tensors] for _ in devices]  # noqa: E731
+    monkeypatch.setattr(replicate, "_broadcast_coalesced_reshape", clones)
+    monkeypatch.setattr(replicate, "_get_device_index", lambda device, optional: device)
+    monkeypatch.setattr(gather.Gather, "apply", lambda device, dim, *parts: torch.stack(parts))
+    model = tiny_model("llama")
+    patched, given = copy.deepcopy(model), tokens(rows=4)
+    apply_liger_kernel(patched)
+    count = (given["labels"][:, 1:] != -100).sum()
+    halves = [{k: v[i : i + 2] if isinstance(v, torch.Tensor) else v for k, v in given.items()} for i in (0, 2)]
+    replicas = replicate.replicate(patched, [0, 1])
+    with ThreadPoolExecutor(2) as threads:
+        outputs = list(threads.map(
+            lambda replica, half: replica(**half, num_items_in_batch=count[None], return_dict=return_dict),
+            replicas, halves,
+        ))  # fmt: skip
+    output = gather.gather(outputs, 0)
+    loss = output.loss if return_dict else output[0]
+    loss.sum().backward()
+    model(**given).loss.backward()
+    assert len(fused_calls) == 2 and (not return_dict or output.logits is None)
+    for (name, p), q in zip(model.named_parameters(), patched.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_data_parallel_trains_as_one_device_does(fused_calls):

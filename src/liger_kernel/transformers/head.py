@@ -324,7 +324,7 @@ class Fusion:
         if window.defer and not keeps_lazy:
             output = _with_real_logits(output)
         elif window.defer and getattr(self.model, "_is_replica", False):
-            output.logits = None  # nn.DataParallel would put those of all devices on one
+            output = _without_logits(output)  # nn.DataParallel would put those of all devices on one
         if window.options.get("use_token_scaling") and not window.results:
             raise ValueError("use_token_scaling needs the fused head and a loss, and this call had only one or neither")
         wanted = {name: window.results.get(name) for name in RESULTS if window.options.get(f"return_{name}")}
@@ -442,6 +442,12 @@ def _with_real_logits(output):
     if isinstance(getattr(output, "logits", None), LazyLogits):
         output.logits = output.logits.materialize(quiet=True)
     return output
+
+
+def _without_logits(output):
+    if isinstance(output, tuple):
+        return tuple(v for v in output if not isinstance(v, LazyLogits))
+    return type(output)(**{k: v for k, v in output.items() if k != "logits"})  # set to None its key would stay
 
 
 def _is_ours(bound) -> bool:
