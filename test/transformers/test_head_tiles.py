@@ -137,3 +137,10 @@ def test_the_default_tile_on_a_gpu_is_4096_rows_high():
     for rows, classes in ((4096, 128256), (16384, 151936), (32768, 128256)):
         n_rows, width = head_tiles.tile_of(rows, classes, torch.bfloat16, device)
         assert n_rows == 4096 and width % 256 == 0
+
+
+@pytest.mark.parametrize("budget", [None, 1 << 20, 1 << 24])
+def test_no_number_of_rows_has_tiles_and_so_kernels_of_its_own(budget):
+    device = torch.device("cuda")
+    widths = {head_tiles.tile_of(rows, 128256, torch.bfloat16, device, budget)[1] for rows in range(1, 40000, 7)}
+    assert len(widths) == 2 and 128256 in widths

@@ -27,21 +27,24 @@ LOT = 4 * TALL  # rows put together at once
 
 
 def tile_of(n_rows: int, n_classes: int, dtype, device, workspace_bytes: int | None = None) -> tuple[int, int]:
-    """(rows, classes) of a tile whose logits fit the budget of a chunk: near to a square where that is small."""
+    """(rows, classes) of a tile whose logits fit the budget of a chunk: near to a square where that is small.
+
+    The classes do not depend on the rows, so that no number of them compiles a kernel of its own.
+    """
     most = chunk_bytes(device, False, workspace_bytes)[0] // dtype.itemsize
-    if most < LEAST:
-        return 1, n_classes
-    rows = max(1, min(n_rows, TALL, math.isqrt(most)))
-    if rows < n_rows:
-        rows = max(1, rows // 128 * 128 if rows >= 128 else rows)
-        rows = min(rows, -(-n_rows // -(-n_rows // rows)) + 127 & -128)  # of one size
-    classes = max(1, most // rows)
+    if most < LEAST or n_rows * pitch(n_classes) <= most:
+        return max(n_rows, 1), n_classes
+    rows = min(TALL, math.isqrt(most))
+    rows = rows // 128 * 128 or rows  # full tiles of a GEMM
+    classes = most // rows
     if classes >= pitch(n_classes):
         return rows, n_classes
-    unit = 256 if classes >= 1024 else 16 if classes >= 16 else 1  # full tiles of a GEMM, rows at 16 bytes
-    classes = classes // unit * unit
-    share = -(-n_classes // -(-n_classes // classes))
-    return rows, min(classes, -(-share // unit) * unit)
+    unit = 256 if classes >= 1024 else 16  # and rows at 16 bytes
+    classes = max(classes // unit, 1) * unit
+    share = -(-n_classes // -(-n_classes // classes))  # slabs of one size
+    share = min(classes, -(-share // unit) * unit)
+    n_tiles = -(-n_rows // rows)
+    return min(rows, -(-n_rows // (n_tiles * 128)) * 128, n_rows), share
 
 
 def can(loss: RowLoss, fields) -> bool:
