@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from liger_kernel.ops.kernels import fused_add_rms_norm, layer_norm, rms_norm, softmax  # noqa: E402
+from liger_kernel.ops.kernels import fused_add_rms_norm, layer_norm, rms_norm, softmax, wide_norm  # noqa: E402
 from liger_kernel.ops.kernels.blocks import RowTiles  # noqa: E402
 
 ROWS, COLS = 13, 70
@@ -58,6 +58,19 @@ def test_result_does_not_depend_on_the_tiling(op, tiles, device, poisoned_memory
     for call in passes(op, x, dy, w):
         for found, expected in zip(call(tiles), call(None), strict=True):
             torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("columns", [
+    wide_norm.Columns(2, 32, 1, 1, 3), wide_norm.Columns(4, 32, 1, 3, 9), wide_norm.Columns(1, 16, 1, 2, 4),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("op", [rms_norm, fused_add_rms_norm, layer_norm], ids=lambda op: op.__name__[31:])
+def test_result_does_not_depend_on_the_columns_of_a_wide_row(op, columns, device, poisoned_memory, monkeypatch):
+    x, dy = (torch.randn(ROWS, COLS, device=device) for _ in range(2))
+    backward = passes(op, x, dy, torch.randn(COLS, device=device))[1]
+    expected = backward(None)
+    monkeypatch.setattr(wide_norm.Columns, "choose", lambda *sizes: columns)
+    for found, wanted in zip(backward(TILES["column loop"]), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 def test_tiles_chosen_for_a_persistent_kernel_fill_the_cores_once(device):

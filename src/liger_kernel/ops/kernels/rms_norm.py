@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from liger_kernel.ops.core import Kernels
+from liger_kernel.ops.kernels import wide_norm
 from liger_kernel.ops.kernels.blocks import (
     RowTiles,
     as_rows,
@@ -41,9 +42,9 @@ def _scale(x, mean_sq, W, cols, mask, EPS: tl.constexpr, OFFSET: tl.constexpr, C
 
 
 @triton.jit
-def _load_sum(X, Residual, S, base, at, mask, DTYPE: tl.constexpr):
+def _load_sum(X, Residual, S, base, at, mask, DTYPE: tl.constexpr, EVICT: tl.constexpr = ""):
     """x, or x + residual as it is after its store to S."""
-    x = tl.load(X + base + at, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(X + base + at, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
     if Residual is not None:
         x = rounded(x + tl.load(Residual + base + at, mask=mask, other=0.0).to(tl.float32), DTYPE)
         tl.store(S + base + at, x.to(DTYPE), mask=mask)
@@ -65,20 +66,22 @@ def _forward_kernel(
             sum_sq = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
             for start in range(0, N, BLOCK):
                 cols = start + tl.arange(0, BLOCK)[None, :]
-                x = _load_sum(X, Residual, S, base, row * N + cols, live & (cols < N), DTYPE)
+                x = _load_sum(X, Residual, S, base, row * N + cols, live & (cols < N), DTYPE, "evict_last")
                 sum_sq += square(x, CAST, DTYPE)
             mean_sq = tl.sum(sum_sq, axis=1)[:, None] / N
             if Residual is not None:
                 tl.debug_barrier()  # the second walk reads the sums this program has just stored
-            for start in range(0, N, BLOCK):
-                cols = start + tl.arange(0, BLOCK)[None, :]
+            end = tl.cdiv(N, BLOCK) * BLOCK
+            for back in range(BLOCK, end + BLOCK, BLOCK):  # from the end, which the cache still holds
+                cols = end - back + tl.arange(0, BLOCK)[None, :]
                 mask = live & (cols < N)
+                at = base + row * N + cols
                 if Residual is not None:
-                    x = tl.load(S + base + row * N + cols, mask=mask, other=0.0).to(tl.float32)
+                    x = tl.load(S + at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
                 else:
-                    x = tl.load(X + base + row * N + cols, mask=mask, other=0.0).to(tl.float32)
+                    x = tl.load(X + at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
                 y = _scale(x, mean_sq, W, cols, cols < N, EPS, OFFSET, CAST, DTYPE)
-                tl.store(Y + base + row * N + cols, y.to(Y.dtype.element_ty), mask=mask)
+                tl.store(Y + at, y.to(Y.dtype.element_ty), mask=mask, eviction_policy="evict_first")
         else:
             cols = tl.arange(0, BLOCK)[None, :]
             mask = live & (cols < N)
@@ -92,85 +95,54 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=["R"])
 def _backward_kernel(
     dY, dS, X, W, Rstd, dX, dW, R, N,
-    OFFSET: tl.constexpr, CAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    OFFSET: tl.constexpr, CAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = X.dtype.element_ty
     pid = tl.program_id(0)
     step = tl.num_programs(0)
     row = tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, BLOCK)[None, :]
-    if not LOOP:
-        if W is not None:
-            w = tl.load(W + cols, mask=cols < N, other=0.0)
-        if dW is not None:
-            dw = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-        if PREFETCH:
-            next_x = load_tile(X, pid, R, N, ROWS, BLOCK)
-            next_dy = load_tile(dY, pid, R, N, ROWS, BLOCK)
-            next_rstd = tl.load(Rstd + pid * ROWS + row, mask=pid * ROWS + row < R, other=0.0)
-            if dS is not None:
-                next_ds = load_tile(dS, pid, R, N, ROWS, BLOCK)
+    if W is not None:
+        w = tl.load(W + cols, mask=cols < N, other=0.0)
+    if dW is not None:
+        dw = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    if PREFETCH:
+        next_x = load_tile(X, pid, R, N, ROWS, BLOCK)
+        next_dy = load_tile(dY, pid, R, N, ROWS, BLOCK)
+        next_rstd = tl.load(Rstd + pid * ROWS + row, mask=pid * ROWS + row < R, other=0.0)
+        if dS is not None:
+            next_ds = load_tile(dS, pid, R, N, ROWS, BLOCK)
 
     for tile in range(pid, tl.cdiv(R, ROWS), step):
         base = int64(tile) * ROWS * N
         live = tile * ROWS + row < R
-        if LOOP:
-            rstd = tl.load(Rstd + tile * ROWS + row, mask=live, other=0.0)
-            dot = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-            for start in range(0, N, BLOCK):
-                mask = live & (start + cols < N)
-                x = tl.load(X + base + row * N + start + cols, mask=mask, other=0.0).to(tl.float32)
-                m = tl.load(dY + base + row * N + start + cols, mask=mask, other=0.0).to(tl.float32)
-                if W is not None:
-                    m *= OFFSET + tl.load(W + start + cols, mask=start + cols < N, other=0.0).to(tl.float32)
-                dot += m * x
-            mean = tl.sum(dot, axis=1)[:, None] / N
-            for start in range(0, N, BLOCK):
-                mask = live & (start + cols < N)
-                x = tl.load(X + base + row * N + start + cols, mask=mask, other=0.0).to(tl.float32)
-                dy = tl.load(dY + base + row * N + start + cols, mask=mask, other=0.0).to(tl.float32)
-                m = dy
-                if W is not None:
-                    m *= OFFSET + tl.load(W + start + cols, mask=start + cols < N, other=0.0).to(tl.float32)
-                dx = rstd * (m - x * (rstd * rstd * mean))
-                if dS is not None:
-                    dx += tl.load(dS + base + row * N + start + cols, mask=mask, other=0.0).to(tl.float32)
-                tl.store(dX + base + row * N + start + cols, dx.to(dX.dtype.element_ty), mask=mask)
-                if dW is not None:  # this program's own row of partial sums, in memory: no row of it fits a block
-                    partial = dW + pid.to(tl.int64) * N + start + cols
-                    dw = tl.load(partial, mask=start + cols < N, other=0.0)
-                    dw += tl.sum(dy * normed(x, rstd, CAST, DTYPE), axis=0)[None, :]
-                    tl.store(partial, dw, mask=start + cols < N)
-            tl.debug_barrier()  # the next row reads these partial sums
-        else:
-            if PREFETCH:
-                x, dy, rstd = next_x.to(tl.float32), next_dy.to(tl.float32), next_rstd
-                next_x = load_tile(X, tile + step, R, N, ROWS, BLOCK)
-                next_dy = load_tile(dY, tile + step, R, N, ROWS, BLOCK)
-                ahead = (tile + step) * ROWS + row
-                next_rstd = tl.load(Rstd + ahead, mask=ahead < R, other=0.0)
-                if dS is not None:
-                    ds = next_ds
-                    next_ds = load_tile(dS, tile + step, R, N, ROWS, BLOCK)
-            else:
-                x = load_tile(X, tile, R, N, ROWS, BLOCK).to(tl.float32)
-                dy = load_tile(dY, tile, R, N, ROWS, BLOCK).to(tl.float32)
-                rstd = tl.load(Rstd + tile * ROWS + row, mask=live, other=0.0)
-                if dS is not None:
-                    ds = load_tile(dS, tile, R, N, ROWS, BLOCK)
-            m = dy
-            if W is not None:
-                m *= OFFSET + w.to(tl.float32)
-            mean = tl.sum(m * x, axis=1)[:, None] / N
-            dx = rstd * (m - x * (rstd * rstd * mean))
+        if PREFETCH:
+            x, dy, rstd = next_x.to(tl.float32), next_dy.to(tl.float32), next_rstd
+            next_x = load_tile(X, tile + step, R, N, ROWS, BLOCK)
+            next_dy = load_tile(dY, tile + step, R, N, ROWS, BLOCK)
+            ahead = (tile + step) * ROWS + row
+            next_rstd = tl.load(Rstd + ahead, mask=ahead < R, other=0.0)
             if dS is not None:
-                dx += ds.to(tl.float32)
-            tl.store(dX + base + row * N + cols, dx.to(dX.dtype.element_ty), mask=live & (cols < N))
-            if dW is not None:
-                dw += dy * normed(x, rstd, CAST, DTYPE)
+                ds = next_ds
+                next_ds = load_tile(dS, tile + step, R, N, ROWS, BLOCK)
+        else:
+            x = load_tile(X, tile, R, N, ROWS, BLOCK).to(tl.float32)
+            dy = load_tile(dY, tile, R, N, ROWS, BLOCK).to(tl.float32)
+            rstd = tl.load(Rstd + tile * ROWS + row, mask=live, other=0.0)
+            if dS is not None:
+                ds = load_tile(dS, tile, R, N, ROWS, BLOCK)
+        m = dy
+        if W is not None:
+            m *= OFFSET + w.to(tl.float32)
+        mean = tl.sum(m * x, axis=1)[:, None] / N
+        dx = rstd * (m - x * (rstd * rstd * mean))
+        if dS is not None:
+            dx += ds.to(tl.float32)
+        tl.store(dX + base + row * N + cols, dx.to(dX.dtype.element_ty), mask=live & (cols < N))
+        if dW is not None:
+            dw += dy * normed(x, rstd, CAST, DTYPE)
 
-    if not LOOP and dW is not None:
+    if dW is not None:
         tl.store(dW + pid.to(tl.int64) * N + cols, tl.sum(dw, axis=0)[None, :], mask=cols < N)
 
 
@@ -201,14 +173,15 @@ def rms_norm_backward(dy, x, w, rstd, offset, casting_mode, in_place, needs_dw, 
     if not x.numel():
         return dx, torch.zeros_like(w) if needs_dw else None
     tiles = tiles or RowTiles.choose(rows, cols, x.device, live=4, walks=True)
-    partial = None
-    if needs_dw:
-        make = torch.zeros if tiles.loop else torch.empty
-        partial = make(tiles.programs, cols, dtype=torch.float32, device=x.device)
+    cast = CASTING[casting_mode]
+    if tiles.loop:
+        partial, _ = wide_norm.backward(dy, x, w, None, rstd, dx, needs_dw, False, offset, cast, ds)
+        return dx, sum_rows(partial, w.dtype) if needs_dw else None
+    partial = torch.empty(tiles.programs, cols, dtype=torch.float32, device=x.device) if needs_dw else None
     launch(
         _backward_kernel, tiles.programs, x.device,
-        dy, ds, x, w, rstd, dx, partial, rows, cols, OFFSET=offset, CAST=CASTING[casting_mode],
-        ROWS=tiles.rows, BLOCK=tiles.block, LOOP=tiles.loop, PREFETCH=tiles.prefetch, num_warps=tiles.num_warps,
+        dy, ds, x, w, rstd, dx, partial, rows, cols, OFFSET=offset, CAST=cast,
+        ROWS=tiles.rows, BLOCK=tiles.block, PREFETCH=tiles.prefetch, num_warps=tiles.num_warps,
     )  # fmt: skip
     return dx, sum_rows(partial, w.dtype) if needs_dw else None
 
