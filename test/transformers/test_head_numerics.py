@@ -96,7 +96,8 @@ def test_a_vocabulary_of_262144(rows, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_recomputed_gradients_do_not_depend_on_the_slabs(dtype, device):
+def test_recomputed_gradients_do_not_depend_on_the_slabs(dtype, device, monkeypatch):
+    monkeypatch.setattr(head_slabs, "TILE_ROWS", 8)
     x, weight = torch.randn(48, 16, device=device), torch.randn(200, 16, device=device)
     x, weight = (t.to(dtype).requires_grad_() for t in (x, weight))
     target, upstream = torch.randint(0, 200, (48,), device=device), torch.randn(48, device=device)
@@ -104,9 +105,9 @@ def test_recomputed_gradients_do_not_depend_on_the_slabs(dtype, device):
     losses = F.cross_entropy(F.linear(*wide), target, reduction="none")
     truths = torch.autograd.grad(losses, wide, upstream.double())
     errors = []
-    for classes in (16, 64, 112, 208):
-        budget = 48 * classes * dtype.itemsize
-        assert head_slabs.slab_classes(48, 200, dtype, device, budget) == min(classes, 200)
+    for rows, classes in ((48, 16), (48, 64), (48, 112), (48, 208), (8, 16), (16, 16)):
+        budget = rows * classes * dtype.itemsize
+        assert head_slabs.slab_of(48, 200, dtype, device, budget) == (rows, min(classes, 200))
         found = torch.autograd.grad(
             fused(x, weight, target, reduction="none", workspace_bytes=budget), (x, weight), upstream
         )
@@ -125,8 +126,8 @@ def test_chunks_and_slabs_fit_their_budget(rows, classes):
     for budget in (1 << 24, 1 << 28, 1 << 32):
         chunk = head_chunks.chunk_rows(rows, classes, torch.bfloat16, device, True, budget)
         assert chunk * head_chunks.pitch(classes) * 2 <= budget
-        slab = head_slabs.slab_classes(rows, classes, torch.bfloat16, device, budget)
-        assert rows * head_chunks.pitch(slab) * 2 <= budget  # 0 classes where none fit: row chunks are taken then
+        tall, slab = head_slabs.slab_of(rows, classes, torch.bfloat16, device, budget)
+        assert tall * head_chunks.pitch(slab) * 2 <= budget  # 0 classes where none fit: row chunks are taken then
 
 
 class Peak(TorchDispatchMode):

@@ -10,11 +10,14 @@ Symbols as in liger_kernel.ops.cross_entropy.
 Shapes    hidden: (T, H); weight: (V, H); the Stats: RECOMPUTED, with d_entropy also entropy; a slab: (T, classes).
 Numerics  see liger_kernel.ops.head; dh is summed in fp32, each row of dW is one product. lse is not used: where all
           logits are large it has lost the digits of p.
-Memory    one slab, dW, dh; with several slabs dh in fp32 until the last. Nothing of V H in fp32.
+Memory    one slab, dW, dh; with several slabs dh in fp32 until the last. Nothing of V H in fp32: where the rows are
+          many a slab is some of them, in turn, and its part of dW is summed in fp32.
 Flops     6 T H V.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -26,6 +29,7 @@ from liger_kernel.ops.row_loss import TILE, factors, logits_of
 from liger_kernel.ops.weight_sum import WeightSum, add_product, zero_outside
 
 NAME = "head_slabs"
+TILE_ROWS = 512  # a slab of some rows has a multiple of them: full tiles of a GEMM
 
 
 @torch.no_grad()
@@ -39,51 +43,64 @@ def gradients(
     """
     dtype = dtype or product_dtype(hidden)
     n_rows, (low, high) = hidden.shape[0], vocab_of(weight, vocab)
-    fits = slab_classes(n_rows, high - low, dtype, hidden.device, workspace_bytes) > 0
+    fits = slab_of(n_rows, high - low, dtype, hidden.device, workspace_bytes)[1] > 0
     if low_rank is not None or n_rows > high - low or not fits:
         sizes = dtype, accum_dtype, workspace_bytes, low_rank, vocab
         return run(hidden, weight, bias, given, loss, (), needs, *sizes)[1:]
     live = live_rows.ask(hidden, weight.shape[0], given.target, loss.ignore_index)
     found = None
     if live is None or live.event is not None or not live.some_ignored():
-        found = _gradients(hidden, weight, bias, given, loss, stats, needs, dtype, workspace_bytes, vocab, live)
+        found = _gradients(
+            hidden, weight, bias, given, loss, stats, needs, dtype, accum_dtype, workspace_bytes, vocab, live
+        )
     if found is not None:
         return found
     assert live is not None
     kept = live.indices()
-    part, *others = _gradients(
-        hidden[kept], weight, bias, given.take(kept), loss, stats.take(kept), needs, dtype, workspace_bytes, vocab
-    )
+    sizes = needs, dtype, accum_dtype, workspace_bytes, vocab
+    part, *others = _gradients(hidden[kept], weight, bias, given.take(kept), loss, stats.take(kept), *sizes)
     return live_rows.spread(part, kept, hidden), *others
 
 
-def _gradients(hidden, weight, bias, given, loss, stats, needs, dtype, workspace_bytes, vocab, live=None):
+def _gradients(hidden, weight, bias, given, loss, stats, needs, dtype, accum_dtype, workspace_bytes, vocab, live=None):
     h, (w, b) = hidden.to(dtype).contiguous(), classes_of(weight, bias, dtype, vocab)
     low, high = vocab_of(weight, vocab)
     (n_rows, width), n_classes, device = h.shape, w.shape[0], hidden.device
-    step = slab_classes(n_rows, n_classes, dtype, device, workspace_bytes)
+    tall, step = slab_of(n_rows, n_classes, dtype, device, workspace_bytes)
     d_hidden = d_weight = d_bias = None
     if needs[0]:
         sum_dtype = torch.promote_types(hidden.dtype if step >= n_classes else wide(dtype), dtype)
         d_hidden = WeightSum(n_rows, width, sum_dtype, hidden.dtype, device)
     if needs[1]:
         d_weight = torch.empty(weight.shape, dtype=torch.promote_types(weight.dtype, dtype), device=device)
+        total_dtype = torch.promote_types(accum_dtype or wide(dtype), dtype)
     if needs[2] and bias is not None:
         d_bias = torch.zeros(weight.shape[0], dtype=wide(dtype), device=device)
     pair = kernels(NAME, h)
-    slab = empty_chunk(n_rows, step, dtype, device)
+    slab = empty_chunk(tall, step, dtype, device)
     for i in range(0, n_classes, step):
         j = min(i + step, n_classes)
-        x = slab[:, : j - i]
-        if not project(h, w[i:j], None if b is None else b[i:j], x, live if i == 0 else None):
-            return None
-        pair.backward(x, given, loss, stats, i, n_classes)
-        if d_hidden is not None:
-            d_hidden.add(x, w[i:j])
-        if d_weight is not None:
-            add_product([d_weight[low + i : low + j]], x.t(), h, first=True)
-        if d_bias is not None:
-            d_bias[low + i : low + j] = x.sum(0, dtype=d_bias.dtype)
+        classes = slice(low + i, low + j)
+        total = None
+        if d_weight is not None and tall < n_rows:
+            total = WeightSum(j - i, width, total_dtype, d_weight.dtype, device)
+        for top in range(0, n_rows, tall):
+            rows = slice(top, min(top + tall, n_rows))
+            x = slab[: rows.stop - top, : j - i]
+            if not project(h[rows], w[i:j], None if b is None else b[i:j], x, live):
+                return None
+            live = None
+            pair.backward(x, given.take(rows), loss, stats.take(rows), i, n_classes)
+            if d_hidden is not None:
+                d_hidden.add(x, w[i:j], rows, first=i == 0)
+            if total is not None:
+                total.add(x.t(), h[rows])
+            elif d_weight is not None:
+                add_product([d_weight[classes]], x.t(), h, first=True)
+            if d_bias is not None:
+                d_bias[classes] += x.sum(0, dtype=d_bias.dtype)
+        if total is not None:
+            d_weight[classes] = total.finish()
     del slab
     return (
         None if d_hidden is None else d_hidden.finish(),
@@ -92,18 +109,25 @@ def _gradients(hidden, weight, bias, given, loss, stats, needs, dtype, workspace
     )
 
 
-def slab_classes(n_rows, n_classes, dtype, device, workspace_bytes=None) -> int:
-    """Classes of a slab whose logits fit the budget of a chunk; 0 where fewer than 16 would."""
-    limit = chunk_bytes(device, True, workspace_bytes)[0]
-    most = limit // (max(n_rows, 1) * dtype.itemsize)
+def slab_of(n_rows, n_classes, dtype, device, workspace_bytes=None) -> tuple[int, int]:
+    """(rows, classes) of a slab whose logits fit the budget of a chunk; no classes where fewer than 16 would.
+
+    All rows, until that leaves less than half the classes of a square: dh is read and written once for each slab.
+    """
+    most = chunk_bytes(device, True, workspace_bytes)[0] // dtype.itemsize
+    tall, side = max(n_rows, 1), math.isqrt(most)
+    if n_rows > 2 * side and side >= TILE_ROWS:
+        n_blocks = -(-n_rows // (side // TILE_ROWS * TILE_ROWS))
+        tall = -(-n_rows // (n_blocks * TILE_ROWS)) * TILE_ROWS
+    most //= tall
     if most >= pitch(n_classes):
-        return max(n_classes, 1)
+        return tall, max(n_classes, 1)
     unit = 256 if most >= 4096 else 16  # full tiles of a GEMM
     most = most // unit * unit
     if not most:
-        return 0
+        return tall, 0
     share = -(-n_classes // -(-n_classes // most))  # slabs of one size
-    return min(most, -(-share // unit) * unit)
+    return tall, min(most, -(-share // unit) * unit)
 
 
 # Torch pair

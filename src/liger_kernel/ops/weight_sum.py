@@ -29,9 +29,10 @@ class WeightSum:
         self.parts = [torch.empty(n_rows, width // n_parts, dtype=sum_dtype, device=device) for _ in range(n_parts)]
         self.empty = True
 
-    def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        """Add a b, for a of shape (M, K) and b (K, N)."""
-        kernels("weight_sum", a).forward([part[slice(*self.within)] for part in self.parts], a, b, self.empty)
+    def add(self, a: torch.Tensor, b: torch.Tensor, rows: slice | None = None, first: bool | None = None) -> None:
+        """Add a b, for a of shape (M, K) and b (K, N), to `rows` alone where given (first: they have nothing yet)."""
+        parts = [part[slice(*self.within) if rows is None else rows] for part in self.parts]
+        kernels("weight_sum", a).forward(parts, a, b, self.empty if first is None else first)
         self.empty = False
 
     def finish(self) -> torch.Tensor:
