@@ -71,7 +71,8 @@ def _parts(h, w, b, target, loss, fields, room, live) -> Stats | None:
     (step, width), (n_rows, n_classes) = room.shape, (h.shape[0], w.shape[0])
     kept = [f for f in ("entropy", "predicted") if f in fields]
     starts = range(0, n_classes, width)
-    found = empty_stats(len(starts) * n_rows, h.device, wide(h.dtype), ("top", "log_sum", *kept))
+    room_of = pitch(n_rows)  # so that all slabs' numbers are aligned alike: each alignment compiles a kernel of its own
+    found = empty_stats(len(starts) * room_of, h.device, wide(h.dtype), ("top", "log_sum", *kept))
     alone = of_part(replace(loss, lse_square_scale=0.0, token_scaling=False))
     own = _labels(target, loss, starts, width, n_classes)
     pair = kernels("cross_entropy", h)
@@ -83,16 +84,17 @@ def _parts(h, w, b, target, loss, fields, room, live) -> Stats | None:
             if not project(h[i:j], w[first:last], None if b is None else b[first:last], z, live):
                 return None
             live = None
-            at = slab * n_rows
+            at = slab * room_of
             pair.forward(z, Given(own[slab, i:j]), alone, found.rows(at + i, at + j), None)
-    return Stats(**{f: v.view(len(starts), n_rows) for f, v in vars(found).items() if v is not None})
+    return Stats(**{f: v.view(len(starts), room_of)[:, :n_rows] for f, v in vars(found).items() if v is not None})
 
 
 def _labels(target, loss, starts, width, n_classes):
     """(slabs, rows): the labels within each slab, 0 where they are in another one, NO_LABEL where ignored."""
     first = torch.arange(0, n_classes, width, device=target.device, dtype=target.dtype)[:, None]
     here = (target >= first) & (target < first + width)
-    return (target - first).where(here, 0).masked_fill_(target == loss.ignore_index, NO_LABEL)
+    own = target.new_empty(len(first), pitch(len(target)))[:, : len(target)]
+    return own.copy_((target - first).where(here, 0).masked_fill_(target == loss.ignore_index, NO_LABEL))
 
 
 def _finish(parts: Stats, given: Given, loss: RowLoss, n_classes: int, width: int, out: Stats) -> None:

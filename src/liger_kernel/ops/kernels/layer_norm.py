@@ -129,7 +129,7 @@ def layer_norm_forward(x, w, b, eps, tiles=None):
     y = torch.empty_like(x)
     mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
     if x.numel():
-        tiles = tiles or RowTiles.choose(rows, cols, x.device, live=2)
+        tiles = tiles or wide_norm.forward_tiles(rows, cols, x.device)
         launch(
             _forward_kernel, tiles.programs, x.device,
             x, w, b, y, mean, rstd, rows, cols, EPS=eps,

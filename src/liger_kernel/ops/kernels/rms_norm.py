@@ -42,7 +42,7 @@ def _scale(x, mean_sq, W, cols, mask, EPS: tl.constexpr, OFFSET: tl.constexpr, C
 
 
 @triton.jit
-def _load_sum(X, Residual, S, base, at, mask, DTYPE: tl.constexpr, EVICT: tl.constexpr = ""):
+def _load_sum(X, Residual, S, base, at, mask, DTYPE: tl.constexpr, EVICT: tl.constexpr):
     """x, or x + residual as it is after its store to S."""
     x = tl.load(X + base + at, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
     if Residual is not None:
@@ -75,17 +75,17 @@ def _forward_kernel(
             for back in range(BLOCK, end + BLOCK, BLOCK):  # from the end, which the cache still holds
                 cols = end - back + tl.arange(0, BLOCK)[None, :]
                 mask = live & (cols < N)
-                at = base + row * N + cols
+                at = row * N + cols
                 if Residual is not None:
-                    x = tl.load(S + at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+                    x = tl.load(S + base + at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
                 else:
-                    x = tl.load(X + at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+                    x = tl.load(X + base + at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
                 y = _scale(x, mean_sq, W, cols, cols < N, EPS, OFFSET, CAST, DTYPE)
-                tl.store(Y + at, y.to(Y.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+                tl.store(Y + base + at, y.to(Y.dtype.element_ty), mask=mask, eviction_policy="evict_first")
         else:
             cols = tl.arange(0, BLOCK)[None, :]
             mask = live & (cols < N)
-            x = _load_sum(X, Residual, S, base, row * N + cols, mask, DTYPE)
+            x = _load_sum(X, Residual, S, base, row * N + cols, mask, DTYPE, "")
             mean_sq = tl.sum(square(x, CAST, DTYPE), axis=1)[:, None] / N
             y = _scale(x, mean_sq, W, cols, cols < N, EPS, OFFSET, CAST, DTYPE)
             tl.store(Y + base + row * N + cols, y.to(Y.dtype.element_ty), mask=mask)
@@ -156,7 +156,7 @@ def rms_norm_forward(x, w, eps, offset, casting_mode, out_dtype, residual=None, 
     s = None if residual is None else torch.empty_like(x)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     if x.numel():
-        tiles = tiles or RowTiles.choose(rows, cols, x.device, live=2)
+        tiles = tiles or wide_norm.forward_tiles(rows, cols, x.device)
         launch(
             _forward_kernel, tiles.programs, x.device,
             x, residual, w, y, s, rstd, rows, cols, EPS=eps, OFFSET=offset, CAST=CASTING[casting_mode],
