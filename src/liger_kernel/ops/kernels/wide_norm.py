@@ -119,7 +119,7 @@ class Columns:
 
 
 def forward_tiles(n_rows: int, n_cols: int, device: torch.device) -> RowTiles:
-    """How the forward cuts its rows; those that fit no tile are walked twice, few at a time, for the cache to hold them.
+    """How the forward cuts its rows; those that fit no tile are walked twice, few at a time: the cache holds them.
 
     Of the copy ceiling at 2048x65536: 76 % so, 66 % with tiles of 32768 and a program a row. At 512x262144 61 and 60 %:
     the rows in flight are more than the cache (H200 bf16, sweep 2026-11-29).
