@@ -170,8 +170,8 @@ def _loss(r: dict) -> str:
 
 
 def parts_of_the_head(data: dict) -> list[str]:
-    """Per-token outputs beside TRL's head, ignored tokens, and small heads beside plain torch; [] where none is."""
-    rows = {op: [r for r in data["rows"] if r["op"] == op] for op in ("logprobs", "ignored", "crossover")}
+    """Per-token outputs beside TRL's head, tiles, ignored tokens, small heads beside plain torch; [] where none is."""
+    rows = {op: [r for r in data["rows"] if r["op"] == op] for op in ("logprobs", "tiles", "ignored", "crossover")}
     rows["logprobs"] = [r for r in rows["logprobs"] if "peer" in r]
     lines = []
     if rows["logprobs"]:
@@ -187,6 +187,16 @@ def parts_of_the_head(data: dict) -> list[str]:
         for call, found in calls.items():
             cells = [f"{found[p]['ms']:.2f} | {found[p]['peak_mib']:.0f}" if p in found else " | " for p in peers]
             lines.append("| " + " | ".join([*call, *cells]) + " |")
+        lines.append("")
+    if rows["tiles"]:
+        sizes = list(dict.fromkeys((r["rows"], r["mib"]) for r in rows["tiles"]))
+        names = {"trl": "TRL", 0: "whole rows"}
+        titles = [names.get(high, f"{high} rows") + (f", {mib} MiB" if mib else "") for high, mib in sizes]
+        lines += ["## Tiles of the head without gradients (T x H x V), bf16, ms", "",
+                  f"| shape | {' | '.join(titles)} |", "| --- |" + " ---: |" * len(titles)]  # fmt: skip
+        ms = {(r["shape"], r["rows"], r["mib"]): r["ms"] for r in rows["tiles"]}
+        for shape in dict.fromkeys(r["shape"] for r in rows["tiles"]):
+            lines.append(f"| {shape} | {' | '.join(f'{ms[(shape, *size)]:.2f}' for size in sizes)} |")
         lines.append("")
     if rows["ignored"]:
         lines += ["## Ignored tokens in the head (T x H x V), bf16, forward and backward", "",
