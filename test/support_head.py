@@ -5,6 +5,9 @@ import itertools
 import random
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from support import tiny_model
 
@@ -74,3 +77,21 @@ def problem(rows=9, width=8, classes=21, dtype=torch.float32, device="cpu", bias
 
 def low_rank_term(rows=9, rank=3, classes=21, dtype=torch.float32, device="cpu"):
     return tuple(torch.randn(n, rank, dtype=dtype, device=device, requires_grad=True) for n in (rows, classes))
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that results of operations held at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                storage = t.untyped_storage()
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return out

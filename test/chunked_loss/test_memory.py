@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from chunked_loss.test_call_arguments import KINDS, cases, fused
 from chunked_loss.test_lengths import labels, without
-from liger_kernel.ops import head, head_chunks, head_distill, head_groups
+from liger_kernel.ops import head, head_chunks, head_distill, head_groups, head_slabs, head_tiles
 
 from support_losses import outcome
 
@@ -53,7 +53,7 @@ def test_no_chunk_of_logits_exceeds_the_budget_however_long_a_completion(kind, o
         chunks.append(rows * n_classes * dtype.itemsize)
         return make(rows, n_classes, dtype, where)
 
-    for module in (head, head_groups, head_distill):
+    for module in (head, head_groups, head_distill, head_slabs, head_tiles):
         monkeypatch.setattr(module, "empty_chunk", noted)
     monkeypatch.setenv("LIGER_KERNEL_WORKSPACE_MB", str(BUDGET / 2**20))
     most = []

@@ -6,16 +6,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from liger_kernel import backends
-from liger_kernel.ops import head, head_chunks, head_slabs, head_tiles, live_rows, row_loss
+from liger_kernel.ops import head, head_chunks, head_slabs, live_rows, row_loss
 from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
 from liger_kernel.transformers.functional import liger_fused_linear_logprobs as logprobs
 
 from support import assert_as_good_as_torch
+from support_head import Peak
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -130,27 +128,8 @@ def test_chunks_and_slabs_fit_their_budget(rows, classes):
         assert tall * head_chunks.pitch(slab) * 2 <= budget  # 0 classes where none fit: row chunks are taken then
 
 
-class Peak(TorchDispatchMode):
-    """The most bytes that results of operations held at one time."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive, self.peak = {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor):
-                storage = t.untyped_storage()
-                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.alive = {key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
-        return out
-
-
 @pytest.mark.parametrize("call", ["mean", "none", "log-probabilities", "no grad"])
 def test_what_is_allocated_stays_within_the_budget_at_any_length(call, monkeypatch, device):
-    monkeypatch.setattr(head_tiles, "LOT", 4096)
     for room in (row_loss, head_slabs):  # torch's row kernels go through a chunk in tiles of their own
         monkeypatch.setattr(room, "TILE", 1 << 16)
     width, budget = 4, 1 << 23
@@ -378,3 +357,25 @@ def test_two_hundred_lengths_compile_nothing_new(device):
     for rows in torch.randint(1, 3000, (200,)).tolist():
         step(rows)
     assert len(launch._handles) == before > 0
+
+
+@pytest.mark.parametrize("rows", [0, 6])
+@pytest.mark.parametrize("call", ["none", "log-probabilities"])
+def test_without_a_row_to_learn_from_the_recomputed_gradient_of_the_weight_was_what_lay_in_memory(
+    call, rows, poisoned_memory, device
+):
+    x, weight = (torch.randn(n, 8, device=device, requires_grad=True) for n in (rows, 40))
+    target = torch.full((rows,), -100, device=device)
+    if call == "none":
+        loss = fused(x, weight, target, reduction="none", workspace_bytes=1 << 20).sum()
+    else:
+        loss = logprobs(x, weight, target).log_prob.sum()
+    for gradient in torch.autograd.grad(loss, (x, weight)):
+        assert not gradient.any()
+
+
+def test_fewer_rows_always_have_a_slab_where_more_have_one(monkeypatch):
+    monkeypatch.setattr(head_slabs, "TILE_ROWS", 8)
+    for budget in range(64, 8192, 64):
+        fits = [head_slabs.slab_of(n, 200, torch.float32, torch.device("cpu"), budget)[1] > 0 for n in range(1, 200)]
+        assert fits == sorted(fits, reverse=True), budget

@@ -9,8 +9,8 @@ Numerics  products in the dtype torch would give them (autocast's, else hidden's
           number of chunks, or in accum_dtype; one chunk needs no sum. Same bits each time.
 Ignored   rows cost no product where the host may wait for their number, see ops/live_rows.py.
 Memory    one chunk, dh, dW; with several chunks dW in fp32 until the last, then its 16 bits in half of that memory.
-Flops     2 T H V for the statistics, 6 T H V with both gradients. Gradients of rows whose statistics are known
-          already: head_slabs.
+Flops     2 T H V for the statistics, 6 T H V with both gradients.
+Elsewhere statistics alone are found in tiles, head_tiles; gradients of rows whose statistics are known: head_slabs.
 Split     among ranks, each with some of the classes: they meet once a chunk, see Split and vocab_parallel_head.
 """
 
@@ -105,8 +105,8 @@ def _run(
     device = hidden.device
     grads = any(needs) or (low_rank is not None and any(low_rank.needs))
     if not grads and low_rank is None and split is None and head_tiles.can(loss, fields):
-        tile = head_tiles.tile_of(n_rows, n_classes, dtype, device, workspace_bytes)
-        if tile[1] < n_classes:
+        tile = head_tiles.Tile.choose(n_rows, n_classes, dtype, device, workspace_bytes)
+        if tile is not None:
             found = head_tiles.outputs(h_all, w, b, given, loss, fields, tile, live)
             return None if found is None else (found, None, None, None)
     stats = empty_stats(n_rows, device, wide(dtype), fields)

@@ -8,10 +8,11 @@
 Symbols as in liger_kernel.ops.cross_entropy.
 
 Shapes    hidden: (T, H); weight: (V, H); the Stats: RECOMPUTED, with d_entropy also entropy; a slab: (T, classes).
-Numerics  see liger_kernel.ops.head; dh is summed in fp32, each row of dW is one product. lse is not used: where all
+Numerics  see liger_kernel.ops.head; dh is summed in fp32, each row of dW is one product, or a sum in
+          accum_dtype (default fp32) where a slab is some of the rows. lse is not used: where all
           logits are large it has lost the digits of p.
 Memory    one slab, dW, dh; with several slabs dh in fp32 until the last. Nothing of V H in fp32: where the rows are
-          many a slab is some of them, in turn, and its part of dW is summed in fp32.
+          many a slab is some of them, in turn, and beside it is its classes' part of dW in fp32.
 Flops     6 T H V.
 """
 
@@ -72,7 +73,8 @@ def _gradients(hidden, weight, bias, given, loss, stats, needs, dtype, accum_dty
         sum_dtype = torch.promote_types(hidden.dtype if step >= n_classes else wide(dtype), dtype)
         d_hidden = WeightSum(n_rows, width, sum_dtype, hidden.dtype, device)
     if needs[1]:
-        d_weight = torch.empty(weight.shape, dtype=torch.promote_types(weight.dtype, dtype), device=device)
+        make = torch.empty if n_rows else torch.zeros
+        d_weight = make(weight.shape, dtype=torch.promote_types(weight.dtype, dtype), device=device)
         total_dtype = torch.promote_types(accum_dtype or wide(dtype), dtype)
     if needs[2] and bias is not None:
         d_bias = torch.zeros(weight.shape[0], dtype=wide(dtype), device=device)
@@ -116,7 +118,7 @@ def slab_of(n_rows, n_classes, dtype, device, workspace_bytes=None) -> tuple[int
     """
     most = chunk_bytes(device, True, workspace_bytes)[0] // dtype.itemsize
     tall, side = max(n_rows, 1), math.isqrt(most)
-    if n_rows > 2 * side and side >= TILE_ROWS:
+    if side >= TILE_ROWS and (n_rows > 2 * side or most // tall < 16):
         n_blocks = -(-n_rows // (side // TILE_ROWS * TILE_ROWS))
         tall = -(-n_rows // (n_blocks * TILE_ROWS)) * TILE_ROWS
     most //= tall

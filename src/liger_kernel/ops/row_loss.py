@@ -119,7 +119,6 @@ def logits_of(x, loss: RowLoss):
 
 # Torch pair
 
-LOW = -1e38  # finite, so that -inf in all of a row, a part of one maybe, is nowhere taken from itself
 TILE = 1 << 19  # elements of a tile: its passes stay in the caches of a CPU core
 
 
@@ -143,7 +142,7 @@ def _rows(x, given, loss, out, dx):
         slope = 1 - (z * (loss.temperature / loss.softcap)).square_()
     # Where the exponentials go: the gradient's own memory, or a temporary, but never x unless dx is x.
     room = dx if dx is not None and dx.dtype == z.dtype else None if z is x else z
-    top = z.amax(1, keepdim=True).clamp_min_(LOW)
+    top = z.amax(1, keepdim=True).clamp_min_(torch.finfo(z.dtype).min)  # -inf minus -inf is NaN
     z_y = z.gather(1, y)
     if out.predicted is not None:
         out.predicted.copy_(z.argmax(1).where(live, -1))

@@ -113,7 +113,9 @@ def combine(part: Part, nll, lse, entropy, group) -> Whole:
     found = gather(torch.stack((lse, nll.where(part.here, 0.0), entropy)), group)
     lses, nlls, entropies = found.unbind(1)
     whole_nll, whole_lse, whole_entropy = put_together(lses, nlls, entropies, part.owner)
-    others = lses.index_fill(0, torch.tensor(part.rank, device=lses.device), float("-inf")).logsumexp(0)
+    others = lses.clone()
+    others[part.rank].fill_(float("-inf"))
+    others = others.logsumexp(0)
     return Whole(
         whole_nll.where(part.inside, float("nan")).where(part.live, 0.0),
         whole_lse.where(part.live, 0.0),
@@ -133,11 +135,12 @@ def put_together(lses, nlls, entropies, owner):
     lse, here = lses.logsumexp(0), lses.where(owner, 0.0).sum(0)
     others = lses.masked_fill(owner, float("-inf")).logsumexp(0)
     nll = nlls.where(owner, 0.0).sum(0) + torch.logaddexp(lses.new_zeros(()), others - here)
-    nll = nll.masked_fill(here == float("-inf"), float("inf"))  # the label's part has no finite logit
+    # All logits of the label's part are -inf, of other parts not.
+    nll = nll.masked_fill((here == float("-inf")) & (lse > here), float("inf"))
     if entropies is None:
         return nll, lse, None
     shares = (lses - lse).exp()
-    return nll, lse, (shares * (lse - lses + entropies)).where(shares > 0, 0.0).sum(0)
+    return nll, lse, (shares * (lse - lses + entropies)).where(shares != 0, 0.0).sum(0)
 
 
 def first_of_largest(tops, places) -> torch.Tensor:

@@ -13,7 +13,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -447,7 +447,7 @@ def _with_real_logits(output):
 def _without_logits(output):
     if isinstance(output, tuple):
         return tuple(v for v in output if not isinstance(v, LazyLogits))
-    return type(output)(**{k: v for k, v in output.items() if k != "logits"})  # set to None its key would stay
+    return replace(output, logits=None)  # set to None in place, its key would stay
 
 
 def _is_ours(bound) -> bool:

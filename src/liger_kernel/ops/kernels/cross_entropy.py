@@ -64,7 +64,7 @@ def liger_cross_entropy_kernel(
     TOKEN_SCALING: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """A row per turn; LANES x VEC columns at once, the VEC neighbours of a lane in one thread."""
-    LOW: tl.constexpr = -1e38  # finite, so that nothing becomes inf - inf before the first column
+    LOW: tl.constexpr = -3.4028234663852886e38  # finite, so that nothing becomes inf - inf before the first column
     ENTROPIC: tl.constexpr = (Entropy is not None) or (dEntropy is not None)
     lane = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
     inner, outer = 1.0, 1.0
@@ -109,7 +109,8 @@ def liger_cross_entropy_kernel(
             shrink = tl.exp(top - new)
             if ENTROPIC:
                 e_z = tl.where(e > 0.0, e * (z - new[:, None]), 0.0)  # 0 * -inf of a masked class
-                moment = shrink * (moment + total * (top - new)) + tl.sum(e_z, axis=1)
+                moved = tl.where(shrink > 0.0, total * (top - new), 0.0)  # 0 * -inf
+                moment = shrink * (moment + moved) + tl.sum(e_z, axis=1)
             total = total * shrink + tl.sum(e, axis=1)
             top = new
 
@@ -156,7 +157,8 @@ def liger_cross_entropy_kernel(
         if LogSum is not None:
             tl.store(LogSum + row, tl.where(live, log_whole, 0.0))
         if ENTROPIC:
-            away = tl.sum(shrink * (moment + total * (top - most)), axis=0) + e_y * (z_y - most)
+            away = tl.sum(shrink * (moment + tl.where(shrink > 0.0, total * (top - most), 0.0)), axis=0)
+            away += tl.where(e_y > 0.0, e_y * (z_y - most), 0.0)
             entropy = log_whole - away / whole
             if Entropy is not None:
                 tl.store(Entropy + row, tl.where(live, entropy, 0.0))

@@ -145,9 +145,9 @@ def layer_norm_backward(dy, x, w, b, mean, rstd, needs_dw, needs_db, tiles=None)
     wanted = [p if needed else None for p, needed in ((w, needs_dw), (b, needs_db))]
     if not x.numel():
         return dx, *[None if p is None else torch.zeros_like(p) for p in wanted]
-    tiles = tiles or RowTiles.choose(rows, cols, x.device, live=4, walks=True)
+    given, tiles = tiles, tiles or RowTiles.choose(rows, cols, x.device, live=4, walks=True)
     if tiles.loop:
-        partial = wide_norm.backward(dy, x, w, mean, rstd, dx, *(p is not None for p in wanted))
+        partial = wide_norm.backward(dy, x, w, mean, rstd, dx, *(p is not None for p in wanted), tiles=given)
         return dx, *[None if p is None else sum_rows(part, p.dtype) for p, part in zip(wanted, partial)]
     partial = [
         None if p is None else torch.empty(tiles.programs, cols, dtype=torch.float32, device=x.device) for p in wanted

@@ -172,10 +172,10 @@ def rms_norm_backward(dy, x, w, rstd, offset, casting_mode, in_place, needs_dw, 
     needs_dw = needs_dw and w is not None
     if not x.numel():
         return dx, torch.zeros_like(w) if needs_dw else None
-    tiles = tiles or RowTiles.choose(rows, cols, x.device, live=4, walks=True)
+    given, tiles = tiles, tiles or RowTiles.choose(rows, cols, x.device, live=4, walks=True)
     cast = CASTING[casting_mode]
     if tiles.loop:
-        partial, _ = wide_norm.backward(dy, x, w, None, rstd, dx, needs_dw, False, offset, cast, ds)
+        partial, _ = wide_norm.backward(dy, x, w, None, rstd, dx, needs_dw, False, offset, cast, ds, given)
         return dx, sum_rows(partial, w.dtype) if needs_dw else None
     partial = torch.empty(tiles.programs, cols, dtype=torch.float32, device=x.device) if needs_dw else None
     launch(

@@ -130,11 +130,11 @@ def forward_tiles(n_rows: int, n_cols: int, device: torch.device) -> RowTiles:
     return RowTiles(1, 8192, True, 256 // backend.warp_width, min(n_rows, 2 * backend.cores(device)))
 
 
-def backward(dy, x, w, mean, rstd, dx, needs_dw, needs_db, offset=0.0, cast=1, ds=None, tiles=None, columns=None):
+def backward(dy, x, w, mean, rstd, dx, needs_dw, needs_db, offset=0.0, cast=1, ds=None, tiles=None):
     """dy, x, ds: (..., N) contiguous -> dx (+ ds) into dx, which may be dy; partial dw and db, (shares, N) in fp32."""
     rows, cols = as_rows(x)
     tiles = tiles or RowTiles.choose(rows, cols, x.device, live=8)
-    columns = columns or Columns.choose(rows, cols, x.device)
+    columns = Columns.choose(rows, cols, x.device)
     b = torch.empty(rows, dtype=torch.float32, device=x.device)
     a = torch.empty_like(b) if mean is not None else None
     launch(
