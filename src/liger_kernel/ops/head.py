@@ -24,7 +24,7 @@ import torch
 from liger_kernel.ops import head_tiles, live_rows
 from liger_kernel.ops.core import kernels, wide
 from liger_kernel.ops.head_chunks import chunk_rows, classes_of, empty_chunk, project, vocab_of
-from liger_kernel.ops.row_loss import Given, RowLoss, Stats, autocast_dtype, empty_stats
+from liger_kernel.ops.row_loss import RECOMPUTED, Given, RowLoss, Stats, autocast_dtype, empty_stats
 from liger_kernel.ops.sharded import why_not_whole
 from liger_kernel.ops.weight_sum import WeightSum
 
@@ -105,6 +105,7 @@ def _run(
     device = hidden.device
     grads = any(needs) or (low_rank is not None and any(low_rank.needs))
     if not grads and low_rank is None and split is None and head_tiles.can(loss, fields):
+        fields = (*fields, *(f for f in RECOMPUTED if f not in fields))
         tile = head_tiles.Tile.choose(n_rows, n_classes, dtype, device, workspace_bytes)
         if tile is not None:
             found = head_tiles.outputs(h_all, w, b, given, loss, fields, tile, live)

@@ -19,7 +19,7 @@ import torch
 from liger_kernel.ops.core import kernels, wide
 from liger_kernel.ops.head_chunks import chunk_bytes, empty_chunk, pitch, project
 from liger_kernel.ops.row_loss import Given, RowLoss, Stats, empty_stats, factors
-from liger_kernel.ops.vocab_parallel import NO_LABEL, first_of_largest, of_part, put_together
+from liger_kernel.ops.vocab_parallel import first_of_largest, of_part, put_together
 
 # Rows of a tile. H200, bf16, sweep 2026-11-29, 300 MiB: of 2048, 4096 and 8192 rows the fastest at three of six shapes
 # and within 4 % at the others; whole rows take 0 to 3 % longer where they are 1024.
@@ -67,28 +67,30 @@ def can(loss: RowLoss, fields) -> bool:
 
 
 def outputs(h, w, b, given: Given, loss: RowLoss, fields, tile: Tile, live=None) -> Stats | None:
-    """The Stats that head.run would give; None where live, if it answers later, says that rows are ignored."""
+    """The Stats that head.run would give, RECOMPUTED and others; None where live says that rows are ignored.
+
+    A row's kernel is told what it would be told of a whole row, so that both are the same compiled one: its loss, which
+    is that of another label maybe, is not read.
+    """
     stats = empty_stats(h.shape[0], h.device, wide(h.dtype), fields)
     room = empty_chunk(tile.rows, tile.classes, h.dtype, h.device)
     for i in range(0, h.shape[0], tile.lot):
         j = min(i + tile.lot, h.shape[0])
         rows = given.rows(i, j)
-        parts = _parts(h[i:j], w, b, rows.target, loss, fields, room, live if i == 0 else None)
+        parts = _parts(h[i:j], w, b, rows, loss, fields, room, live if i == 0 else None)
         if parts is None:
             return None
         _finish(parts, rows, loss, w.shape[0], tile.classes, stats.rows(i, j))
     return stats
 
 
-def _parts(h, w, b, target, loss, fields, room, live) -> Stats | None:
+def _parts(h, w, b, given, loss, fields, room, live) -> Stats | None:
     """Of each slab of classes and each row, (slabs, rows): what was found in that tile alone."""
     (step, width), (n_rows, n_classes) = room.shape, (h.shape[0], w.shape[0])
-    kept = [f for f in ("entropy", "predicted") if f in fields]
     starts = range(0, n_classes, width)
     room_of = pitch(n_rows)  # so that all slabs' numbers are aligned alike: each alignment compiles a kernel of its own
-    found = empty_stats(len(starts) * room_of, h.device, wide(h.dtype), ("top", "log_sum", *kept))
-    alone = of_part(replace(loss, lse_square_scale=0.0, token_scaling=False))
-    own = _labels(target, loss, starts, width, n_classes)
+    found = empty_stats(len(starts) * room_of, h.device, wide(h.dtype), fields)
+    own = _labels(given.target, loss, starts, width, n_classes)
     pair = kernels("cross_entropy", h)
     for i in range(0, n_rows, step):
         j = min(i + step, n_rows)
@@ -99,24 +101,26 @@ def _parts(h, w, b, target, loss, fields, room, live) -> Stats | None:
                 return None
             live = None
             at = slab * room_of
-            pair.forward(z, Given(own[slab, i:j]), alone, found.rows(at + i, at + j), None)
+            rows = replace(given.rows(i, j), target=own[slab, i:j])
+            pair.forward(z, rows, of_part(loss), found.rows(at + i, at + j), None)
     return Stats(**{f: v.view(len(starts), room_of)[:, :n_rows] for f, v in vars(found).items() if v is not None})
 
 
 def _labels(target, loss, starts, width, n_classes):
-    """(slabs, rows): the labels within each slab, 0 where they are in another one, NO_LABEL where ignored."""
+    """(slabs, rows): the labels within each slab, 0 where they are in another one, or ignored as of_part has it."""
     first = torch.arange(0, n_classes, width, device=target.device, dtype=target.dtype)[:, None]
     own = target.new_empty(len(first), pitch(len(target)))[:, : len(target)]
     torch.sub(target, first, out=own)
-    return own.masked_fill_((own < 0) | (own >= width), 0).masked_fill_(target == loss.ignore_index, NO_LABEL)
+    own.masked_fill_((own < 0) | (own >= width), 0)
+    return own.masked_fill_(target == loss.ignore_index, of_part(loss).ignore_index)
 
 
 def _finish(parts: Stats, given: Given, loss: RowLoss, n_classes: int, width: int, out: Stats) -> None:
     live, inside = given.target != loss.ignore_index, (given.target >= 0) & (given.target < n_classes)
     owner = given.target // width == torch.arange(parts.loss.shape[0], device=live.device)[:, None]
-    assert parts.top is not None and parts.log_sum is not None
+    assert parts.top is not None and parts.log_sum is not None and parts.nll is not None
     top = parts.top.amax(0)
-    nll, log_sum, entropy = put_together(parts.top - top + parts.log_sum, parts.loss, parts.entropy, owner)
+    nll, log_sum, entropy = put_together(parts.top - top + parts.log_sum, parts.nll, parts.entropy, owner)
     lse = top + log_sum
     keep, _, f_ce, f_z = factors(given, loss, nll, live, given.target.where(inside, 0), n_classes)
     z_loss = f_z * lse.square() * loss.lse_square_scale

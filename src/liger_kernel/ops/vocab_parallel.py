@@ -27,19 +27,17 @@ from torch import distributed as dist
 from liger_kernel.ops.core import debug_enabled
 from liger_kernel.ops.row_loss import Given, RowLoss, Stats
 
-NO_LABEL = -1  # ignore_index of a part: a class's number would also be the label of a row within the part
-
 
 def of_part(loss: RowLoss) -> RowLoss:
-    """What is computed of a part's rows, whose labels are those within it and NO_LABEL."""
-    return replace(loss, ignore_index=NO_LABEL)
+    """The same with an ignore_index that is no class: a label within the part could be the same number."""
+    return loss if loss.ignore_index < 0 else replace(loss, ignore_index=-1)
 
 
 @dataclass(frozen=True)
 class Part:
     """This rank's part of the vocabulary, and its labels (T,)."""
 
-    target: torch.Tensor  # within this part; 0 where the label is in another one, NO_LABEL where it is ignored
+    target: torch.Tensor  # within this part; 0 where the label is in another one, or ignored as of_part has it
     owner: torch.Tensor  # (ranks, T): whether the label is in the part of that rank
     live: torch.Tensor  # whether the label is not ignored
     rank: int
@@ -103,7 +101,7 @@ def find_part(target: torch.Tensor, n_here: int, loss: RowLoss, group, op: str) 
             f"ignore_index={loss.ignore_index}"
         )
     rank = size_and_rank(group)[1]
-    local = (target - starts[rank]).where(owner[rank], 0).masked_fill(~live, NO_LABEL)
+    local = (target - starts[rank]).where(owner[rank], 0).masked_fill(~live, of_part(loss).ignore_index)
     return Part(local, owner, live, rank, n_here, ends[-1, 0], starts[rank, 0])
 
 
