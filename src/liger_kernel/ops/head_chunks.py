@@ -43,10 +43,13 @@ def chunk_rows(
     if rows < 128:
         return rows
     # Full tiles of a GEMM. H100, bf16, 16384x1024x151936, sweep 2026-11-22: rows 1024 28.6 ms, 1664 29.7, 2048 27.7.
-    unit = 512 if rows >= 1024 else 128
-    whole = rows // unit * unit
-    share = -(-n_rows // -(-n_rows // whole))  # chunks of one size
-    return min(whole, -(-share // unit) * unit)
+    return even(n_rows, rows, 512 if rows >= 1024 else 128)
+
+
+def even(n: int, most: int, unit: int) -> int:
+    """The size of the parts of n, a multiple of unit: as few parts as `most` >= unit allows, of one size."""
+    n_parts = -(-n // (most // unit * unit))
+    return -(-n // (n_parts * unit)) * unit
 
 
 def chunk_bytes(device, gradients: bool, workspace_bytes: int | None = None) -> tuple[int, int]:

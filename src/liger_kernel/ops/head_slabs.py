@@ -25,7 +25,7 @@ import torch
 from liger_kernel.ops import live_rows
 from liger_kernel.ops.core import Kernels, kernels, wide
 from liger_kernel.ops.head import product_dtype, run
-from liger_kernel.ops.head_chunks import chunk_bytes, classes_of, empty_chunk, pitch, project, vocab_of
+from liger_kernel.ops.head_chunks import chunk_bytes, classes_of, empty_chunk, even, pitch, project, vocab_of
 from liger_kernel.ops.row_loss import TILE, factors, logits_of
 from liger_kernel.ops.weight_sum import WeightSum, add_product, zero_outside
 
@@ -119,17 +119,13 @@ def slab_of(n_rows, n_classes, dtype, device, workspace_bytes=None) -> tuple[int
     most = chunk_bytes(device, True, workspace_bytes)[0] // dtype.itemsize
     tall, side = max(n_rows, 1), math.isqrt(most)
     if side >= TILE_ROWS and (n_rows > 2 * side or most // tall < 16):
-        n_blocks = -(-n_rows // (side // TILE_ROWS * TILE_ROWS))
-        tall = -(-n_rows // (n_blocks * TILE_ROWS)) * TILE_ROWS
+        tall = even(n_rows, side, TILE_ROWS)
     most //= tall
     if most >= pitch(n_classes):
         return tall, max(n_classes, 1)
-    unit = 256 if most >= 4096 else 16  # full tiles of a GEMM
-    most = most // unit * unit
-    if not most:
+    if most < 16:
         return tall, 0
-    share = -(-n_classes // -(-n_classes // most))  # slabs of one size
-    return tall, min(most, -(-share // unit) * unit)
+    return tall, even(n_classes, most, 256 if most >= 4096 else 16)  # full tiles of a GEMM
 
 
 # Torch pair
