@@ -20,7 +20,7 @@ import torch
 
 from liger_kernel.ops import head
 from liger_kernel.ops.core import kernels, wide
-from liger_kernel.ops.head_chunks import MIB, chunk_rows, empty_chunk, environment_bytes, pitch, project
+from liger_kernel.ops.head_chunks import MIB, chunk_rows, empty_chunk, environment_bytes, even, pitch, project
 from liger_kernel.ops.live_rows import counts_for_free
 from liger_kernel.ops.row_loss import FIELDS, RECOMPUTED, Given, RowLoss, Stats, empty_stats, is_early
 from liger_kernel.ops.weight_sum import WeightSum
@@ -128,7 +128,7 @@ def group_units(batch: Batch, workspace_bytes: int | None) -> int:
     most = budget(batch, workspace_bytes) // max(1, rows * pitch(batch.weight.shape[0]) * batch.dtype.itemsize)
     if most == 0 or n_units <= most:
         return min(most, max(n_units, 1))
-    return -(-n_units // -(-n_units // most))
+    return even(n_units, most, 1)
 
 
 def budget(batch: Batch, workspace_bytes: int | None = None) -> int:
