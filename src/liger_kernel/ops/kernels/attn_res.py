@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from liger_kernel.ops.core import Kernels
-from liger_kernel.ops.kernels.blocks import RowTiles, int64, launch, power_of_2_from, sum_rows
+from liger_kernel.ops.kernels.blocks import RowTiles, exp, int64, launch, power_of_2_from, sum_rows
 
 # Kernels: Capital = memory, lower case = registers, ALL_CAPS = compile time.
 
@@ -85,13 +85,13 @@ def _forward_kernel(
             rstds = _put(rstds, i, rstd, BLOCKS)
             logits = _put(logits, i, logit, BLOCKS)
             if not LOOP:  # the largest weighs 1 exactly: a difference of logits may be contracted to one of products
-                lesser = tl.exp(-tl.abs(logit - highest))
+                lesser = exp(-tl.abs(logit - highest))
                 kept = tl.where(logit > highest, lesser, 1.0)
                 weight = tl.where(logit > highest, 1.0, lesser)
                 out = out * kept + v * weight
                 total = total * kept + weight
             highest = tl.maximum(highest, logit)
-        weights = tl.exp(logits - highest)
+        weights = exp(logits - highest)
         alpha = weights / tl.sum(weights, axis=1)[:, None]
         at = int64(tile) * ROWS + row + block.to(tl.int64) * R
         mask = (tile * ROWS + row < R) & (block < n_blocks)

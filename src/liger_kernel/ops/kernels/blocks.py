@@ -133,10 +133,19 @@ def normed(x, rstd, CAST: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def exp(x):
+    """e^x of fp32 where what lies below the least normal number may be 0.
+
+    Two instructions an element; tl.exp keeps such results and takes five on NVIDIA, nine on AMD.
+    """
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
 def tanh(x):
     """tanh of fp32 to a few units in the last place, near zero too."""
     u = tl.abs(x)
-    e = tl.exp(-2.0 * u)
+    e = exp(-2.0 * u)
     square = x * x
     near = x * (1.0 - square * (0.33333333 - square * (0.13333333 - square * (0.053968254 - square * 0.021869488))))
     far = tl.where(x < 0.0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)

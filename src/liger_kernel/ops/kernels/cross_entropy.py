@@ -15,6 +15,7 @@ from liger_kernel.backends import device_of
 from liger_kernel.ops.core import Kernels
 from liger_kernel.ops.kernels.blocks import (
     cdiv,
+    exp,
     in_units,
     index,
     int64,
@@ -90,23 +91,26 @@ def liger_cross_entropy_kernel(
         for start in range(0, n_read, LANES * VEC):
             cols = start + lane
             mask = cols < V
-            x = tl.load(X + base + cols, mask=mask, other=0.0, eviction_policy="evict_last")
+            x = tl.load(X + base + cols, mask=mask, other=float("-inf"), eviction_policy="evict_last")
             z = logit(x, inner, outer, Scales, CAPPED)
             if Mean is not None:
-                sum_z += tl.sum(z, axis=1)  # beyond the row z is 0
+                sum_z += tl.sum(tl.where(mask, z, 0.0), axis=1)
             if SMOOTHING != 0.0:
                 below = tl.where(mask, z - z_y, 0.0)
                 if W is not None:
                     below *= tl.load(W + cols, mask=mask, other=0.0)
                 lower += tl.sum(below, axis=1)
-            z = tl.where(mask & (cols != y), z, float("-inf"))
+            if Scales is not None:
+                z = tl.where(mask, z, float("-inf"))
+            if (y >= start) & (y < start + LANES * VEC):  # two of ten instructions per element, in one block alone
+                z = tl.where(cols == y, float("-inf"), z)
             here = tl.max(z, axis=1)
             if Predicted is not None:
                 first = tl.min(tl.where(z == here[:, None], cols, V), axis=1)
                 best = tl.where(here > top, first, best)
             new = tl.maximum(top, here)
-            e = tl.exp(z - new[:, None])
-            shrink = tl.exp(top - new)
+            e = exp(z - new[:, None])
+            shrink = exp(top - new)
             if ENTROPIC:
                 e_z = tl.where(e > 0.0, e * (z - new[:, None]), 0.0)  # 0 * -inf of a masked class
                 moved = tl.where(shrink > 0.0, total * (top - new), 0.0)  # 0 * -inf
@@ -115,9 +119,9 @@ def liger_cross_entropy_kernel(
             top = new
 
         most = tl.maximum(tl.max(top, axis=0), z_y)
-        shrink = tl.exp(top - most)
+        shrink = exp(top - most)
         others = tl.sum(total * shrink, axis=0)
-        e_y = tl.exp(z_y - most)
+        e_y = exp(z_y - most)
         whole = others + e_y
         log_whole = tl.log(whole)
         nll = tl.where(z_y == most, _log1p(others), log_whole + (most - z_y))
@@ -135,7 +139,7 @@ def liger_cross_entropy_kernel(
         if Factor is not None:
             f_ce *= tl.load(Factor + row)
         if TOKEN_SCALING:
-            f_ce *= tl.exp(-nll)
+            f_ce *= exp(-nll)
         f_z = f_ce
         if Norm is not None:
             f_ce *= tl.load(Norm)
@@ -190,16 +194,22 @@ def liger_cross_entropy_kernel(
                     d_y -= share * tl.load(W + at_y)
                 else:
                     d_y -= share
-            d_p = tl.where(inside, d_p, float("nan")) / whole
+            d_p = tl.where(live, tl.where(inside, d_p, float("nan")) / whole, 0.0)
+            d_y = tl.where(live, d_y, 0.0)
+            most = tl.where(live, most, 0.0)
+            if SMOOTHING != 0.0:
+                share = tl.where(live, share, 0.0)
+            if dEntropy is not None:
+                slope = tl.where(live, d_entropy / whole, 0.0)
             d_base = int64(row) * d_stride
             for start in range(0, V, LANES * VEC):
                 cols = start + lane
                 mask = cols < V
                 x = tl.load(X + base + cols, mask=cols < n_read, other=0.0, eviction_policy="evict_first")
                 z = logit(x, inner, outer, Scales, CAPPED)
-                e = tl.exp(z - most)
+                e = exp(z - most)
                 if dEntropy is not None:
-                    dz = e * d_p - tl.where(e > 0.0, e * (z - most), 0.0) * (d_entropy / whole)
+                    dz = e * d_p - tl.where(e > 0.0, e * (z - most), 0.0) * slope
                 else:
                     dz = e * d_p
                 if SMOOTHING != 0.0:
@@ -207,8 +217,9 @@ def liger_cross_entropy_kernel(
                         dz -= share * tl.load(W + cols, mask=mask, other=0.0)
                     else:
                         dz -= share
-                dz = tl.where(cols == y, d_y, dz)
-                dz = tl.where(live, chain(dz, z, inner, outer, Scales, CAPPED), 0.0)
+                if (y >= start) & (y < start + LANES * VEC):
+                    dz = tl.where(cols == y, d_y, dz)
+                dz = chain(dz, z, inner, outer, Scales, CAPPED)
                 tl.store(dX + d_base + cols, dz.to(dX.dtype.element_ty), mask=mask, cache_modifier=".cs")
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from liger_kernel.ops.core import Kernels
-from liger_kernel.ops.kernels.blocks import Strips, int64, launch, programs_for
+from liger_kernel.ops.kernels.blocks import Strips, exp, int64, launch, programs_for
 from liger_kernel.ops.kernels.fused_linear_jsd import _log_sum_exp
 
 # Kernels: Capital = memory, lower case = registers, ALL_CAPS = compile time.
@@ -35,8 +35,8 @@ def _forward_kernel(
         for start in range(0, n_read, LANES * VEC):
             cols = start + lane
             mask = cols < N
-            q = tl.exp(tl.load(X + base + cols, mask=mask, other=float("-inf")).to(tl.float32) - lse)
-            gap = q - tl.exp(tl.load(Y + base + cols, mask=mask, other=float("-inf")).to(tl.float32) - lse_p)
+            q = exp(tl.load(X + base + cols, mask=mask, other=float("-inf")).to(tl.float32) - lse)
+            gap = q - exp(tl.load(Y + base + cols, mask=mask, other=float("-inf")).to(tl.float32) - lse_p)
             total += tl.sum(tl.abs(gap), axis=1)
             sigma += tl.sum(_sign(gap) * q, axis=1)
         label = tl.load(Target + row)
@@ -65,8 +65,8 @@ def _backward_kernel(
         for start in range(0, N, LANES * VEC):
             cols = start + lane
             mask = cols < n_read
-            q = tl.exp(tl.load(X + base + cols, mask=mask, other=float("-inf")).to(tl.float32) - lse)
-            p = tl.exp(tl.load(Y + base + cols, mask=mask, other=float("-inf")).to(tl.float32) - lse_p)
+            q = exp(tl.load(X + base + cols, mask=mask, other=float("-inf")).to(tl.float32) - lse)
+            p = exp(tl.load(Y + base + cols, mask=mask, other=float("-inf")).to(tl.float32) - lse_p)
             dx = q * (d_ce + half * (_sign(q - p) - sigma)) - tl.where(cols == label, d_ce, 0.0)
             tl.store(dX + base + cols, tl.where(mask, dx, 0.0).to(dX.dtype.element_ty), mask=cols < N)
 

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from liger_kernel.ops.core import Kernels
 from liger_kernel.ops.fused_linear_jsd import TORCH
-from liger_kernel.ops.kernels.blocks import Strips, int64, launch, programs_for
+from liger_kernel.ops.kernels.blocks import Strips, exp, int64, launch, programs_for
 from liger_kernel.ops.kernels.cross_entropy import chain, logit, scales_of
 from liger_kernel.ops.kernels.jsd import _divergence
 
@@ -35,10 +35,10 @@ def _log_sum_exp(X, base, N, n_read, lane, inner, outer, Scales, CAPPED: tl.cons
         z = logit(tl.load(X + base + cols, mask=cols < N, other=0.0), inner, outer, Scales, CAPPED)
         z = tl.where(cols < N, z, float("-inf"))
         new = tl.maximum(top, tl.max(z, axis=1))
-        total = total * tl.exp(top - new) + tl.sum(tl.exp(z - new[:, None]), axis=1)
+        total = total * exp(top - new) + tl.sum(exp(z - new[:, None]), axis=1)
         top = new
     most = tl.max(top, axis=0)
-    return most + tl.log(tl.sum(total * tl.exp(top - most), axis=0))
+    return most + tl.log(tl.sum(total * exp(top - most), axis=0))
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -81,7 +81,7 @@ def _rows_kernel(
                 log_q = tl.where(mask, z - lse, float("-inf"))
                 log_p = tl.where(mask, z_p - lse_p, float("-inf"))
                 each, slope = _divergence(log_q, log_p, BETA)
-                dz = chain((slope - tl.exp(log_q) * whole) * scale, z, inner, outer, ScalesQ, CAPPED_Q)
+                dz = chain((slope - exp(log_q) * whole) * scale, z, inner, outer, ScalesQ, CAPPED_Q)
                 if Also is not None:
                     dz += tl.load(Also + int64(row) * also_stride + cols, mask=mask, other=0.0).to(tl.float32)
                 tl.store(dX + base + cols, dz.to(dX.dtype.element_ty), mask=cols < N)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from liger_kernel.ops.core import Kernels
 from liger_kernel.ops.fused_linear_kl_div import TORCH
-from liger_kernel.ops.kernels.blocks import Strips, int64, launch, programs_for
+from liger_kernel.ops.kernels.blocks import Strips, exp, int64, launch, programs_for
 from liger_kernel.ops.kernels.cross_entropy import chain, logit, scales_of
 from liger_kernel.ops.kernels.fused_linear_jsd import _log_sum_exp, _scales
 from liger_kernel.ops.row_loss import RowLoss
@@ -48,7 +48,7 @@ def _rows_kernel(
                 cols = start + lane
                 mask = cols < n_read
                 z = logit(tl.load(X + base + cols, mask=mask, other=0.0), inner, outer, Scales, False)
-                q = tl.where(mask, tl.exp(z - lse), 0.0)
+                q = tl.where(mask, exp(z - lse), 0.0)
                 t = tl.load(Target + t_base + cols, mask=mask, other=0.0).to(tl.float32)
                 dz = chain((q * whole - t) * scale, z, inner, outer, Scales, False)
                 tl.store(dX + base + cols, tl.where(mask, dz, 0.0).to(dX.dtype.element_ty), mask=cols < N)

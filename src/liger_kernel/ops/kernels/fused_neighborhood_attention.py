@@ -12,7 +12,7 @@ import triton.language as tl
 
 from liger_kernel.backends import device_of
 from liger_kernel.ops.core import Kernels
-from liger_kernel.ops.kernels.blocks import cdiv, int64, launch, power_of_2_from, programs_for
+from liger_kernel.ops.kernels.blocks import cdiv, exp, int64, launch, power_of_2_from, programs_for
 
 # Kernels: T heads of S rows of N columns. Scale is a tensor of one element.
 
@@ -54,8 +54,8 @@ def _forward_kernel(Q, K, V, O, Lse, Scale, T, S, N, WINDOW: tl.constexpr, DILAT
             v = _load(V, base, other, cols, live, N)
             s = tl.where(live, tl.sum(q * k, axis=1), float("-inf"))
             higher = tl.maximum(top, s)
-            shrink = tl.exp(top - higher)
-            e = tl.exp(s - higher)
+            shrink = exp(top - higher)
+            e = exp(s - higher)
             total = total * shrink + e
             o = o * shrink[:, None] + e[:, None] * v
             top = higher
@@ -93,12 +93,12 @@ def _backward_kernel(dO, Q, K, V, O, Lse, Scale, dQ, dK, dV, T, S, N, WINDOW: tl
             their_q = _load(Q, base, other, cols, live, N)
             their_k = _load(K, base, other, cols, live, N)
             their_do = _load(dO, base, other, cols, live, N)
-            p = tl.where(live, tl.exp(tl.sum(q * their_k, axis=1) - lse), 0.0)
+            p = tl.where(live, exp(tl.sum(q * their_k, axis=1) - lse), 0.0)
             dp = tl.sum(do * _load(V, base, other, cols, live, N), axis=1)
             dq += (p * (dp - delta))[:, None] * their_k
             their_delta = tl.sum(their_do * _load(O, base, other, cols, live, N), axis=1)
             their_lse = tl.load(Lse + first + other, mask=live, other=0.0)
-            p = tl.where(live, tl.exp(tl.sum(their_q * k, axis=1) - their_lse), 0.0)
+            p = tl.where(live, exp(tl.sum(their_q * k, axis=1) - their_lse), 0.0)
             dp = tl.sum(their_do * v, axis=1)
             dk += (p * (dp - their_delta))[:, None] * their_q
             dv += p[:, None] * their_do

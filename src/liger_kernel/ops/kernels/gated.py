@@ -9,6 +9,7 @@ import triton.language as tl
 from liger_kernel.ops.kernels.blocks import (
     Flat,
     cdiv,
+    exp,
     in_units,
     index,
     int64,
@@ -33,7 +34,7 @@ def _gate(x, ACT: tl.constexpr):
         dp = p * (1.0 - p) * (1.5957691216057308 * (1.0 + 0.134145 * square))
     else:
         p = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        dp = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        dp = 0.3989422804014327 * exp(-0.5 * x * x)
     return p, dp
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from liger_kernel.backends import device_of
 from liger_kernel.ops.core import Kernels
 from liger_kernel.ops.head_slabs import gradients
-from liger_kernel.ops.kernels.blocks import cdiv, in_units, int64, launch, power_of_2_from, programs_for
+from liger_kernel.ops.kernels.blocks import cdiv, exp, in_units, int64, launch, power_of_2_from, programs_for
 from liger_kernel.ops.kernels.cross_entropy import chain, logit, scales_of
 
 # Kernels: Capital = memory, lower case = registers, ALL_CAPS = compile time.
@@ -21,7 +21,7 @@ from liger_kernel.ops.kernels.cross_entropy import chain, logit, scales_of
 def _minus_expm1(x):
     """1 - exp(-x) for x >= 0; the series where the difference would cancel."""
     near = x * (1.0 - x * (0.5 - x * (0.16666667 - x * (0.041666668 - x * (0.008333334 - x * 0.0013888889)))))
-    return tl.where(x < 0.3, near, 1.0 - tl.exp(-x))
+    return tl.where(x < 0.3, near, 1.0 - exp(-x))
 
 
 @triton.jit(do_not_specialize=["R", "n_cols", "n_first", "x_stride"])
@@ -56,7 +56,7 @@ def _slab_kernel(
         if Factor is not None:
             f_ce *= tl.load(Factor + row)
         if TOKEN_SCALING:
-            f_ce *= tl.exp(-nll)
+            f_ce *= exp(-nll)
         f_z = f_ce
         if Norm is not None:
             f_ce *= tl.load(Norm)
@@ -70,7 +70,7 @@ def _slab_kernel(
             d_lse += share * spread
         if dLse is not None:
             d_lse += tl.load(dLse + row)
-        p_y = tl.exp(-nll)
+        p_y = exp(-nll)
         d_y = d_lse * p_y - f_ce * keep * _minus_expm1(nll)
         d_all = d_lse + f_ce * keep
         if dEntropy is not None:
@@ -91,7 +91,7 @@ def _slab_kernel(
             x = tl.load(X + base + cols, mask=cols < n_read, other=0.0)
             z = logit(x, inner, outer, Scales, CAPPED)
             log_p = (z - top) - log_sum
-            p = tl.exp(log_p)
+            p = exp(log_p)
             if dEntropy is not None:
                 dz = p * d_all - tl.where(p > 0.0, p * log_p, 0.0) * d_entropy  # 0 * -inf of a masked class
             else:

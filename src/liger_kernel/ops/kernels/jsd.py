@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from liger_kernel.ops.core import Kernels
-from liger_kernel.ops.kernels.blocks import Strips, int64, launch, programs_for
+from liger_kernel.ops.kernels.blocks import Strips, exp, int64, launch, programs_for
 from liger_kernel.ops.kernels.cross_entropy import cross_entropy_backward as jsd_backward
 
 # Kernels: Capital = memory, lower case = registers, ALL_CAPS = compile time.
@@ -35,23 +35,23 @@ def _divergence(log_q, log_p, BETA: tl.constexpr):
     """(divergence, its gradient by log_q) of each element; 0 where both are -inf, NaN where one is NaN."""
     gap = tl.where(log_p == log_q, 0.0, log_p - log_q)
     if BETA == 0.0:
-        p = tl.exp(log_p)
+        p = exp(log_p)
         each = tl.where(p == 0.0, 0.0, p * gap)
         slope = -p
     elif BETA == 1.0:
-        q = tl.exp(log_q)
+        q = exp(log_q)
         each = tl.where(q == 0.0, 0.0, -q * gap)
         slope = q + each
     else:
         # In units of the larger of p and q, whose log is `high`: m = mix * exp(high). Nothing underflows in the log.
         p_leads = gap > 0.0
         far = tl.abs(gap)
-        e = tl.exp(-far)
+        e = exp(-far)
         e_far = tl.where(e == 0.0, 0.0, e * far)
         low_weight = tl.where(p_leads, 1.0 - BETA, BETA)
         mix = 1.0 - low_weight * (1.0 - e)
         log_mix = _log(mix)
-        high = tl.exp(tl.where(p_leads, log_p, log_q))
+        high = exp(tl.where(p_leads, log_p, log_q))
         each = -high * (mix * log_mix + low_weight * e_far)
         slope = (BETA - 1.0) * high * tl.where(p_leads, e * log_mix + e_far, log_mix)
     return each, slope

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from liger_kernel.ops.core import Kernels
-from liger_kernel.ops.kernels.blocks import Strips, as_rows, int64, launch, programs_for
+from liger_kernel.ops.kernels.blocks import Strips, as_rows, exp, int64, launch, programs_for
 
 # Kernels: Capital = memory, lower case = registers, ALL_CAPS = compile time.
 
@@ -33,7 +33,7 @@ def _forward_kernel(
             x = tl.load(X + base + cols, mask=mask, other=0.0).to(tl.float32)
             if LOG_TARGET:
                 log_p = tl.load(Target + base + cols, mask=mask, other=float("-inf")).to(tl.float32)
-                p = tl.exp(log_p)
+                p = exp(log_p)
             else:
                 p = tl.load(Target + base + cols, mask=mask, other=0.0).to(tl.float32)
                 log_p = tl.log(_not_below(p, EPS))
@@ -62,7 +62,7 @@ def _backward_kernel(
                 dy = tl.load(dY + base + cols, mask=mask, other=0.0).to(tl.float32)
             t = tl.load(Target + base + cols, mask=mask, other=0.0).to(tl.float32)
             if LOG_TARGET:
-                p = tl.exp(t)
+                p = exp(t)
             else:
                 p = t
             if dX is not None:

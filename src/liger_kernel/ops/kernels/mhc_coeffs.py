@@ -14,7 +14,7 @@ import triton.language as tl
 
 from liger_kernel.backends import device_of
 from liger_kernel.ops.core import Kernels
-from liger_kernel.ops.kernels.blocks import cdiv, int64, launch, power_of_2_from, programs_for, sum_rows
+from liger_kernel.ops.kernels.blocks import cdiv, exp, int64, launch, power_of_2_from, programs_for, sum_rows
 
 # Kernels: Capital = memory, lower case = registers, ALL_CAPS = compile time. x: (R, N), M results of a row.
 
@@ -58,7 +58,7 @@ def _logits(Mix, Scale, B, base, at, mask, part, known, OTHER: tl.constexpr):
 @triton.jit
 def _softmax(z, mask):
     """Over axis 1 of (ROWS, S, S), 0 outside the mask, where there may be whole columns."""
-    p = tl.where(mask, tl.exp(z - tl.max(z, axis=1)[:, None, :]), 0.0)
+    p = tl.where(mask, exp(z - tl.max(z, axis=1)[:, None, :]), 0.0)
     total = tl.sum(p, axis=1)
     return p / tl.where(total > 0.0, total, 1.0)[:, None, :]
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from liger_kernel.backends import device_of
 from liger_kernel.ops.core import Kernels
-from liger_kernel.ops.kernels.blocks import RowTiles, as_rows, int64, launch, load_tile
+from liger_kernel.ops.kernels.blocks import RowTiles, as_rows, exp, int64, launch, load_tile
 
 # Kernels: Capital = memory, lower case = registers, ALL_CAPS = compile time.
 
@@ -30,7 +30,7 @@ def _forward_kernel(X, Y, R, N, ROWS: tl.constexpr, BLOCK: tl.constexpr, PREFETC
             ahead = load_tile(X, tile + step, R, N, ROWS, BLOCK)
         else:
             x = tl.load(X + base + row * N + cols, mask=mask, other=float("-inf")).to(tl.float32)
-        e = tl.exp(x - tl.max(x, axis=1)[:, None])
+        e = exp(x - tl.max(x, axis=1)[:, None])
         y = e * (1 / tl.sum(e, axis=1)[:, None])
         tl.store(Y + base + row * N + cols, y.to(Y.dtype.element_ty), mask=mask)
 
@@ -75,16 +75,16 @@ def _forward_walk_kernel(X, Y, R, N, BLOCK: tl.constexpr, VEC: tl.constexpr):
             x = tl.load(X + base + start + lane, mask=mask, other=float("-inf"), eviction_policy="evict_last")
             x = x.to(tl.float32)
             higher = tl.maximum(top, tl.max(x, axis=1))
-            total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher[:, None]), axis=1)
+            total = total * exp(top - higher) + tl.sum(exp(x - higher[:, None]), axis=1)
             top = higher
         largest = tl.max(top, axis=0)
-        scale = 1 / tl.sum(total * tl.exp(top - largest), axis=0)
+        scale = 1 / tl.sum(total * exp(top - largest), axis=0)
         end = tl.cdiv(N, BLOCK) * BLOCK
         for back in range(BLOCK, end + BLOCK, BLOCK):
             start = end - back
             mask = start + cols < N
             x = tl.load(X + base + start + cols, mask=mask, other=float("-inf"), eviction_policy="evict_first")
-            y = tl.exp(x.to(tl.float32) - largest) * scale
+            y = exp(x.to(tl.float32) - largest) * scale
             tl.store(Y + base + start + cols, y.to(Y.dtype.element_ty), mask=mask, eviction_policy="evict_first")
 
 
