@@ -57,6 +57,12 @@ def _log1p(x):
     return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
 
 
+@triton.jit
+def _read(X, cols, n_read):
+    """Logits to come back to: -inf beyond the n_read there are."""
+    return tl.load(X + cols, mask=cols < n_read, other=float("-inf"), eviction_policy="evict_last")
+
+
 @triton.jit(do_not_specialize=["R"])
 def liger_cross_entropy_kernel(
     X, dX, Target, W, Wsum, Norm, Factor, dLse, dEntropy, Scales, Loss, Zloss, Lse, Nll, Top,
@@ -88,10 +94,16 @@ def liger_cross_entropy_kernel(
         sum_z = tl.zeros((LANES,), dtype=tl.float32)
         best = tl.full((LANES,), 0, tl.int32)
         n_read = tl.where(live, V, 0)
+        if dX is not None:  # few large programs, which wait for memory unless the next block is under way
+            ahead = _read(X + base, lane, n_read)
         for start in range(0, n_read, LANES * VEC):
             cols = start + lane
             mask = cols < V
-            x = tl.load(X + base + cols, mask=mask, other=float("-inf"), eviction_policy="evict_last")
+            if dX is not None:
+                x = ahead
+                ahead = _read(X + base, cols + LANES * VEC, n_read)
+            else:
+                x = _read(X + base, cols, n_read)
             z = logit(x, inner, outer, Scales, CAPPED)
             if Mean is not None:
                 sum_z += tl.sum(tl.where(mask, z, 0.0), axis=1)
@@ -254,10 +266,11 @@ class Config:
         vec = 16 // dtype.itemsize  # one 16-byte load per lane
         if n_classes < vec * backend.warp_width:
             return cls(cdiv(power_of_2_from(n_classes), vec), vec, 1)
-        # With a gradient the row is read again, from the L2 if few rows are in flight: so programs are as large as
-        # they can be, one per core. H100 bf16, 8192x128256, sweep 2026-11-21: 32 warps 1.71 ms, 16 warps 2.21; without
-        # a gradient 8 warps 0.71, 16 warps 0.89.
-        threads = min(power_of_2_from(cdiv(n_classes, vec * 4)), 1024 if gradient else 256)
+        # With a gradient the row is read again, from the L2 if few rows are in flight: one program per core, or two of
+        # rows half as long. H200 bf16, sweep 2026-11-29, 32 warps / 16: 2048x151936 0.408 ms / 0.443, 2048x128256
+        # 0.340 / 0.367, 3584x32000 0.183 / 0.143; 8192x128256 without a gradient, 8 warps 0.472, 16 warps 0.489.
+        most = 256 if not gradient else 1024 if n_classes * dtype.itemsize > 128 << 10 else 512
+        threads = min(power_of_2_from(cdiv(n_classes, vec * 4)), most)
         num_warps = max(1, min(threads // backend.warp_width, backend.max_warps))
         lanes = min(2 * num_warps * backend.warp_width, power_of_2_from(cdiv(n_classes, vec)))
         return cls(lanes, vec, num_warps)
