@@ -3,11 +3,13 @@
 import copy
 import inspect
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from liger_kernel.ops import core
 from liger_kernel.ops import rms_norm as room
 from liger_kernel.ops.rms_norm import LigerRMSNormFunction, rms_norm_backward, rms_norm_forward
 from liger_kernel.transformers import rms_norm as modules
@@ -215,6 +217,20 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(ya, yb)
     torch.testing.assert_close(a.grad, b.grad)
     torch.testing.assert_close(from_compiled, module.weight.grad)
+
+
+@pytest.mark.parametrize(
+    "columns, compiling, asked, merged",
+    [(4096, True, None, True), (4097, True, None, False), (4096, False, None, False), (4096, True, "triton", False)],
+)
+def test_torch_compile_merges_narrow_norms_with_their_neighbours(columns, compiling, asked, merged, monkeypatch):
+    """A compiled LLaMA-1B step took as long with our norms as without, for the additions that they kept apart."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    monkeypatch.setattr(room, "_MERGES", True)
+    monkeypatch.setattr(core, "_forced", asked)
+    monkeypatch.setattr(room, "kernels", lambda op, x: "a kernel")
+    x = SimpleNamespace(is_cuda=True, shape=(2, columns))
+    assert room._pair(x) == (room.TORCH if merged else "a kernel")
 
 
 def test_helpers_have_upstreams_signatures(impl, device):

@@ -169,6 +169,11 @@ def _wanted() -> str | None:
     return known_impl(_forced)
 
 
+def forced() -> bool:
+    """Whether an implementation was asked for, for every op."""
+    return _forced is not None and _forced not in (*_DEFAULT, *_ELSEWHERE)
+
+
 def known_impl(name: str | None, asked: str = "LIGER_KERNEL_IMPL") -> str | None:
     """`name` if it is an implementation, None where it means the default. Raises ValueError for any other name."""
     if name is None or name in _DEFAULT:
