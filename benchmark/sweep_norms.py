@@ -121,11 +121,11 @@ class Search:
         return max(self.tried, key=self.tried.get)
 
     def go_through_long_rows(self) -> None:
-        """A whole row at once, with and without the next one under way; then walks."""
+        """A whole row at once; then walks."""
         cores, whole = backends.device_of(DEVICE).cores(DEVICE), power_of_2_from(self.cols)
         if whole <= 32768:
             self.attempt(RowTiles(1, whole, False, 32, self.rows))
-            self.attempt(RowTiles(1, whole, False, 32, min(self.rows, cores), prefetch=True))
+            self.attempt(RowTiles(1, whole, False, 32, min(self.rows, cores)))
         for block, warps in WALKS:
             for waves in [w for w in WAVES if w * warps <= 64]:
                 self.attempt(RowTiles(1, block, True, warps, min(self.rows, waves * cores)))

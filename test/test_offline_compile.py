@@ -18,7 +18,6 @@ SHARED = {"gfx": 65536, "sm_": 101376}
 # Bytes of stack (registers on AMD) at most, where a tile is held in registers but for these, and read once in return;
 # on one target, where it is named.
 SPILLS = {
-    "softmax 8192x32768 _forward_kernel": 24,
     "softmax 8192x32768 _backward_kernel": 56,
     "sparsemax 8192x32768 _forward_kernel": 8,
     "sparsemax 4096x131072 _forward_kernel": 8,

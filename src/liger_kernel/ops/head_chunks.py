@@ -15,7 +15,7 @@ NO_ROWS = 1 << 30  # no limit
 # 2048, for twice the memory. CPU with gradients, 32 MiB / 256 / unfused: 1024x1024x128256 in fp32 5.6 s / 4.4 / 4.6,
 # in bf16, where a second chunk means a sum in fp32 that torch's products lack there, 2.7 / 1.3 / 1.3; without, 32 MiB
 # stay in its cache: 0.38 s against 0.45 at 2048x512x32000.
-CHUNK = {"gradients": (600 * MIB, 3584), "forward": (300 * MIB, 4096)}
+CHUNK = {"gradients": (560 * MIB, 3584), "forward": (300 * MIB, 4096)}
 CPU_CHUNK = {"gradients": (256 * MIB, 1 << 20), "forward": (32 * MIB, 1 << 20)}
 
 
@@ -45,7 +45,9 @@ def chunk_rows(
         return max(n_rows, 1)
     if rows < 128:
         return rows
-    # Full tiles of a GEMM. H100, bf16, 16384x1024x151936, sweep 2026-11-22: rows 1024 28.6 ms, 1664 29.7, 2048 27.7.
+    # Full tiles of a GEMM. H100, bf16, 16384x1024x151936, sweep 2026-11-22: rows 1024 28.6 ms, 1664 29.7, 2048 27.7. Of
+    # so many classes 2048 rows pass the limit by 6 %; H200, 2026-11-29, dW in bf16 / fp32: 1536 rows 26.9 ms / 28.6 in
+    # 774 MiB / 1071, 2048 rows 26.5 / 27.7 in 923 / 1220.
     return even(n_rows, rows, 512 if rows >= 1024 else 128)
 
 
