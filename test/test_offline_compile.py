@@ -19,6 +19,9 @@ SHARED = {"gfx": 65536, "sm_": 101376}
 # on one target, where it is named.
 SPILLS = {
     "softmax 8192x32768 _backward_kernel": 56,
+    "dyt 16384x4096 _backward_kernel": 8,
+    "dyt 65536x1024 _backward_kernel": 8,
+    "dyt 2048x65536 _backward_kernel": 8,
     "sparsemax 8192x32768 _forward_kernel": 8,
     "sparsemax 4096x131072 _forward_kernel": 8,
     "rope 4x4096x(128+1)x64 deinterleaved _rope_kernel": 8,

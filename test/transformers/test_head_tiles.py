@@ -162,7 +162,7 @@ def test_tiles_and_their_parts_fit_their_budget(rows, classes, dtype):
     for place in ("cpu", "cuda"):  # only named
         for budget in BUDGETS:
             tile = head_tiles.Tile.choose(rows, classes, dtype, torch.device(place), budget)
-            limit = budget or (head_chunks.CPU_CHUNK if place == "cpu" else head_chunks.CHUNK)["forward"][0]
+            limit = budget or head_chunks.CHUNK["cpu" if place == "cpu" else "forward"][0]
             if tile is not None:
                 assert 1 <= tile.rows <= rows and tile.classes < classes
                 parts = tile.lot * -(-classes // tile.classes) * head_tiles.PART

@@ -12,11 +12,10 @@ MIB = 1 << 20
 WORKSPACE_ENV = "LIGER_KERNEL_WORKSPACE_MB"
 NO_ROWS = 1 << 30  # no limit
 # (bytes, rows) at most of a default chunk. H100, bf16, sweep 2026-11-22: 4096 rows would take 0 to 6 % less time than
-# 2048, for twice the memory. CPU with gradients, 32 MiB / 256 / unfused: 1024x1024x128256 in fp32 5.6 s / 4.4 / 4.6,
-# in bf16, where a second chunk means a sum in fp32 that torch's products lack there, 2.7 / 1.3 / 1.3; without, 32 MiB
-# stay in its cache: 0.38 s against 0.45 at 2048x512x32000.
-CHUNK = {"gradients": (560 * MIB, 3584), "forward": (300 * MIB, 4096)}
-CPU_CHUNK = {"gradients": (256 * MIB, 1 << 20), "forward": (32 * MIB, 1 << 20)}
+# 2048, for twice the memory. On a CPU 32 MiB stay in its cache, but in 16 bits a further chunk means a sum in fp32 that
+# torch's products lack there. 1024x1024x128256 in bf16: 2.7 s in chunks of 32 MiB, 1.3 of 256, 1.3 unfused.
+CHUNK = {"gradients": (560 * MIB, 3584), "forward": (300 * MIB, 4096), "cpu": (32 * MIB, 1 << 20),
+         "cpu, gradients in 16 bits": (256 * MIB, 1 << 20)}  # fmt: skip
 
 
 def vocab_of(weight, vocab: tuple[int, int] | None) -> tuple[int, int]:
@@ -37,7 +36,7 @@ def chunk_rows(
 
     By default a single chunk may also have the sum_bytes that only several chunks need for the sum of dW.
     """
-    limit, most = chunk_bytes(device, gradients, workspace_bytes)
+    limit, most = chunk_bytes(device, dtype, gradients, workspace_bytes)
     if most < NO_ROWS and n_rows * pitch(n_classes) * dtype.itemsize <= limit + sum_bytes:
         return max(n_rows, 1)
     rows = max(1, min(limit // (pitch(n_classes) * dtype.itemsize), most, n_rows))
@@ -57,12 +56,14 @@ def even(n: int, most: int, unit: int) -> int:
     return -(-n // (n_parts * unit)) * unit
 
 
-def chunk_bytes(device, gradients: bool, workspace_bytes: int | None = None) -> tuple[int, int]:
+def chunk_bytes(device, dtype, gradients: bool, workspace_bytes: int | None = None) -> tuple[int, int]:
     """(bytes, rows) at most of a chunk: as asked for, as the environment says, or the device's default."""
     asked = workspace_bytes if workspace_bytes is not None else environment_bytes()
     if asked is not None:
         return asked, NO_ROWS
-    return (CPU_CHUNK if device.type == "cpu" else CHUNK)["gradients" if gradients else "forward"]
+    if device.type == "cpu":
+        return CHUNK["cpu, gradients in 16 bits" if gradients and dtype.itemsize == 2 else "cpu"]
+    return CHUNK["gradients" if gradients else "forward"]
 
 
 def environment_bytes() -> int | None:

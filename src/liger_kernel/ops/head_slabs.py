@@ -116,7 +116,7 @@ def slab_of(n_rows, n_classes, dtype, device, workspace_bytes=None) -> tuple[int
 
     All rows, until that leaves less than half the classes of a square: dh is read and written once for each slab.
     """
-    most = chunk_bytes(device, True, workspace_bytes)[0] // dtype.itemsize
+    most = chunk_bytes(device, dtype, True, workspace_bytes)[0] // dtype.itemsize
     tall, side = max(n_rows, 1), math.isqrt(most)
     if side >= TILE_ROWS and (n_rows > 2 * side or most // tall < 16):
         tall = even(n_rows, side, TILE_ROWS)

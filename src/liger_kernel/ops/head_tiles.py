@@ -43,7 +43,7 @@ class Tile:
 
         The classes do not depend on the rows, so that no number of them compiles a kernel of its own.
         """
-        limit, size = chunk_bytes(device, False, workspace_bytes)[0], dtype.itemsize
+        limit, size = chunk_bytes(device, dtype, False, workspace_bytes)[0], dtype.itemsize
         most = limit * 7 // (8 * size)
         if most < LEAST or n_rows * pitch(n_classes) * size <= limit:
             return None
