@@ -143,8 +143,8 @@ def heads(data: dict) -> list[str]:
              "Memory beyond the inputs and their gradients. lean: dW summed in bf16; default: in fp32.", "",
              "| shape | mode | ms | GEMMs alone, ms | MiB |", "| --- | --- | ---: | ---: | ---: |"]  # fmt: skip
     for r in data["rows"]:
-        chunk = f", chunks of {r['chunk_rows']} rows" if r.get("chunk_rows") else ""
-        lines.append(f"| {r['shape']} | {r['mode']}{chunk} | {r['ms']:.2f} | {r['floor_ms']:.2f} | {r['peak_mib']:.0f} |")
+        mode = f"{r['mode']}, chunks of {r['chunk_rows']} rows" if r.get("chunk_rows") else r["mode"]
+        lines.append(f"| {r['shape']} | {mode} | {r['ms']:.2f} | {r['floor_ms']:.2f} | {r['peak_mib']:.0f} |")
     return lines
 
 

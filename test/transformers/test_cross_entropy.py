@@ -1,12 +1,14 @@
 """What is special about cross_entropy; that it equals its reference is in test_contract.py."""
 
 import itertools
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from liger_kernel.ops import row_loss
+from liger_kernel.ops.core import kernels
 from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 from liger_kernel.transformers import LigerCrossEntropyLoss
 from liger_kernel.transformers.functional import CrossEntropyOutput, liger_cross_entropy
@@ -127,6 +129,36 @@ def test_label_out_of_range_makes_its_row_nan_in_the_kernel(bad, impl, device):
     nan = torch.arange(9, device=device) == 6
     assert torch.equal(stats.loss.isnan(), nan) and torch.equal(dx.isnan().all(1), nan)
     assert torch.equal(dx.isnan().any(1), nan)
+
+
+@pytest.mark.parametrize(
+    "weight, options",
+    [(math.inf, dict(label_smoothing=0.1)), (math.nan, dict(label_smoothing=0.1)), (1.0, dict(scale=math.inf)),
+     (1.0, dict(scale=math.nan, softcap=5.0))],
+    ids=str,
+)  # fmt: skip
+def test_what_is_not_finite_for_every_row_is_no_gradient_of_an_ignored_one(weight, options, impl, device):
+    """A batch of ignored tokens alone had NaN gradients where a live one would have them."""
+    x, y = torch.randn(2, 17, device=device), torch.tensor([-100, 3], device=device)
+    weights = torch.ones(17, device=device)
+    weights[5] = weight
+    if "scale" in options:
+        options = options | dict(scale=torch.tensor(options["scale"], device=device))
+    loss = row_loss.RowLoss(**options)
+    given = row_loss.prepare(y, loss, x, weights)
+    dx = torch.full_like(x, 7.0)
+    kernels("cross_entropy", x).forward(x, given, loss, row_loss.empty_stats(2, x.device, x.dtype, ()), dx)
+    assert (dx[0] == 0).all()
+
+
+def test_label_out_of_range_leaves_the_statistics_of_its_row(impl, device):
+    """The kernel counted the first class twice."""
+    x, y = torch.randn(2, 17, device=device), torch.tensor([17, -3], device=device)
+    loss = row_loss.RowLoss()
+    found = row_loss.empty_stats(2, x.device, x.dtype, ("lse", "predicted"))
+    kernels("cross_entropy", x).forward(x, row_loss.Given(y), loss, found, None)
+    torch.testing.assert_close(found.lse, x.logsumexp(1))
+    assert torch.equal(found.predicted, x.argmax(1))
 
 
 @pytest.mark.gpu

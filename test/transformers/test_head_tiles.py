@@ -23,12 +23,12 @@ def tiles(monkeypatch, impl):
 
 def problem(device, dtype=torch.float32, labels=torch.int64):
     """16 bits: eighths below 128, as logits of 16 bits hold them: two GEMMs would round others differently."""
-    draw = torch.randn if dtype == torch.float32 else lambda *shape, **kw: torch.randint(-8, 9, shape, **kw) / 8
-    hidden, weight, bias = (
-        draw(*shape, device=device).to(dtype) for shape in ((ROWS, WIDTH), (CLASSES, WIDTH), (CLASSES,))
-    )
-    if dtype != torch.float32:
-        hidden = hidden.mul(8).round_()
+    shapes = (ROWS, WIDTH), (CLASSES, WIDTH), (CLASSES,)
+    if dtype == torch.float32:
+        hidden, weight, bias = (torch.randn(shape, device=device) for shape in shapes)
+    else:
+        whole = [torch.randint(-8, 9, shape, device=device).to(dtype) for shape in shapes]
+        hidden, weight, bias = whole[0], whole[1] / 8, whole[2] / 8
     target = torch.randint(0, CLASSES, (ROWS,), device=device, dtype=labels)
     target[::5] = -100
     return hidden, weight, bias, target

@@ -229,8 +229,22 @@ def test_torch_compile_merges_narrow_norms_with_their_neighbours(columns, compil
     monkeypatch.setattr(room, "_MERGES", True)
     monkeypatch.setattr(core, "_forced", asked)
     monkeypatch.setattr(room, "kernels", lambda op, x: "a kernel")
-    x = SimpleNamespace(is_cuda=True, shape=(2, columns))
+    x = SimpleNamespace(is_cuda=True, shape=(2, columns), device=torch.device("cpu"))
     assert room._pair(x) == (room.TORCH if merged else "a kernel")
+    monkeypatch.setattr(room, "device_of", lambda device: SimpleNamespace(overrides={"rms_norm": "a plug-in's"}))
+    assert room._pair(x) == "a kernel"
+
+
+@pytest.mark.parametrize("casting_mode", ["llama", "gemma", "none"])
+def test_a_single_row_without_a_batch(casting_mode, impl, device):
+    """The torch pair's backward, which torch.compile gets, flattened dimensions that one row does not have."""
+    x, w, dy = (torch.randn(8, device=device) for _ in range(3))
+    found = [t.clone().requires_grad_() for t in (x, w)]
+    wanted = [t.clone().requires_grad_() for t in (x, w)]
+    LigerRMSNormFunction.apply(*found, 1e-6, 0.0, casting_mode, False).backward(dy)
+    room.reference(*wanted, 1e-6, 0.0, casting_mode).backward(dy)
+    for ours, theirs in zip(found, wanted):
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_helpers_have_upstreams_signatures(impl, device):

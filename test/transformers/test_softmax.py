@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,6 +35,21 @@ def test_on_a_cpu_both_passes_have_the_bits_of_torch(dtype):
         ours.backward(upstream)
         theirs.backward(upstream)
         assert torch.equal(ours, theirs) and torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("columns", [70, 96, 33])
+def test_a_walk_in_lanes_of_neighbours(columns, device, monkeypatch):
+    """What a GPU does with 16-bit rows of 16385 columns and more; on a CPU a lane has the whole block."""
+    kernels = pytest.importorskip("liger_kernel.ops.kernels.softmax")
+    monkeypatch.setattr(kernels, "device_of", lambda device: SimpleNamespace(threads=True))
+    x = torch.randn(5, columns, device=device, dtype=torch.float16) * 8
+    y = kernels.softmax_forward(x, tiles=kernels.RowTiles(1, 32, True, 1, 2))
+    torch.testing.assert_close(y, x.float().softmax(-1).half())
+
+
+def test_a_long_row_of_16_bits(device):
+    x = torch.randn(3, 20000, device=device, dtype=torch.float16) * 8
+    torch.testing.assert_close(liger_softmax(x), x.float().softmax(-1).half())
 
 
 @pytest.mark.parametrize("n", [41, 40000])

@@ -209,6 +209,11 @@ def upcast(x: torch.Tensor) -> torch.Tensor:
     return x.to(wide(x.dtype))
 
 
+def sum_rows(x: torch.Tensor) -> torch.Tensor:
+    """x of (..., N) summed to (N,)."""
+    return x.flatten(0, -2).sum(0) if x.dim() > 1 else x
+
+
 def debug_enabled() -> bool:
     """Whether LIGER_KERNEL_DEBUG asks for checks that make the host wait for the device."""
     return os.environ.get("LIGER_KERNEL_DEBUG", "") not in ("", "0")

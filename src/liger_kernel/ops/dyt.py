@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from liger_kernel.ops.core import Case, Contract, Kernels, kernels, outputs, upcast
+from liger_kernel.ops.core import Case, Contract, Kernels, kernels, outputs, sum_rows, upcast
 
 # Reference
 
@@ -36,8 +36,8 @@ def _forward(x, alpha, gamma, beta):
 def _backward(dy, x, alpha, gamma, needs_beta):
     wide, wide_dy = upcast(x), upcast(dy)
     t = torch.tanh_(upcast(alpha) * wide)
-    d_gamma = (wide_dy * t).flatten(0, -2).sum(0)
-    d_beta = wide_dy.flatten(0, -2).sum(0).to(gamma.dtype) if needs_beta else None
+    d_gamma = sum_rows(wide_dy * t)
+    d_beta = sum_rows(wide_dy).to(gamma.dtype) if needs_beta else None
     inner = t.mul_(t).neg_().add_(1).mul_(wide_dy).mul_(gamma)
     d_alpha = (inner * wide).sum().view(alpha.shape)
     return inner.mul_(alpha).to(x.dtype), d_alpha.to(alpha.dtype), d_gamma.to(gamma.dtype), d_beta

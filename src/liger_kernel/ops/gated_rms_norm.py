@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from liger_kernel.ops.core import Case, Contract, Kernels, kernels, outputs, upcast, wide
+from liger_kernel.ops.core import Case, Contract, Kernels, kernels, outputs, sum_rows, upcast, wide
 
 CASTING = ("llama", "gemma")
 ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid}
@@ -75,7 +75,7 @@ def _backward(dy, x, gate, w, rstd, gate_first, activation, casting_mode, groups
     dw = None
     if needs_dw and w is not None:
         scaled = x_hat.flatten(-2)
-        dw = (dn * (scaled if casting_mode == "gemma" else upcast(scaled.to(x.dtype)))).flatten(0, -2).sum(0)
+        dw = sum_rows(dn * (scaled if casting_mode == "gemma" else upcast(scaled.to(x.dtype))))
         dw = dw.to(w.dtype)
     m = m.unflatten(-1, (groups, -1))
     mean = (m * x_hat).mean(-1, keepdim=True)

@@ -6,7 +6,7 @@
 
 Shapes    x, y: (..., N), seen as R rows of N; w: (N,) or None; rstd: (R,) in fp32.
 Numerics  "llama": x * rstd in fp32, rounded to x's dtype, then times the weight. "gemma": all in fp32, cast once at
-          the end. "none": every step in x's dtype. dw is summed in fp32.
+          the end. "none": every step in x's dtype. dw is summed in fp32. torch.compile rounds fewer of the steps.
 Memory    keeps x, w and rstd for backward; in_place=True may write dx over dy.
 Needs     x and w on one device.
 """
@@ -16,8 +16,9 @@ from __future__ import annotations
 import torch
 from packaging.version import Version
 
+from liger_kernel.backends import device_of
 from liger_kernel.ops.compat import rms_norm_backward, rms_norm_forward  # noqa: F401  upstream's helper signatures
-from liger_kernel.ops.core import Case, Contract, Kernels, forced, kernels, outputs, upcast, wide
+from liger_kernel.ops.core import Case, Contract, Kernels, forced, kernels, outputs, sum_rows, upcast, wide
 
 CASTING = {"none": -1, "llama": 0, "gemma": 1}
 
@@ -64,7 +65,7 @@ def _backward(dy, x, w, rstd, offset, casting_mode, in_place, needs_dw, ds=None)
     dw = None
     if needs_dw and w is not None:
         scaled = x_hat if casting_mode == "gemma" else upcast(x_hat.to(x.dtype))
-        dw = (dy_wide * scaled).flatten(0, -2).sum(0).to(w.dtype)
+        dw = sum_rows(dy_wide * scaled).to(w.dtype)
     mean = (m * x_hat).mean(-1, keepdim=True) if x.numel() else m
     dx = torch.addcmul(m, x_hat, mean, value=-1).mul_(rstd)
     if ds is not None:
@@ -75,17 +76,19 @@ def _backward(dy, x, w, rstd, offset, casting_mode, in_place, needs_dw, ds=None)
 TORCH = Kernels(_forward, _backward)
 
 # torch.compile merges a norm with the additions of the residual before and after it, from which a kernel would cut it
-# off. Training step of LLaMA-1B, H200, torch 2.11, 2026-11-29: merged 267.3 ms, with the kernel 269.2, unpatched 269.3.
-# Of wide rows its kernel alone takes more than ours and both additions: 8192x8192 with gradients 0.320 ms, ours 0.181.
+# off: 5.5 ms of a LLaMA-1B step for 7.7 (H200, torch 2.11, profile of 2026-11-29; in its tables 16384x4096 with one
+# addition takes 0.308 ms merged, ours 0.184 and two additions 0.09 each). Of wider rows its kernel takes more than all
+# of that: 8192x8192 alone 0.320 ms, ours 0.181.
 MERGED_COLUMNS = 4096
 _MERGES = torch.version.cuda is not None and Version(torch.__version__) >= Version("2.11")
 
 
 def _pair(x) -> Kernels:
     """What runs on a tensor like x; under torch.compile the torch pair where that is faster and none was asked for."""
-    if torch.compiler.is_compiling() and _MERGES and x.is_cuda and x.shape[-1] <= MERGED_COLUMNS and not forced():
-        return TORCH
-    return kernels("rms_norm", x)
+    pair = kernels("rms_norm", x)
+    if not (torch.compiler.is_compiling() and _MERGES and x.is_cuda and x.shape[-1] <= MERGED_COLUMNS):
+        return pair
+    return pair if forced() or "rms_norm" in device_of(x.device).overrides else TORCH
 
 
 # Autograd

@@ -85,7 +85,7 @@ def liger_cross_entropy_kernel(
         inside = (label >= 0) & (label < V)
         y = tl.where(inside, label, -1).to(tl.int32)
         at_y = tl.where(inside, label, 0).to(tl.int32)
-        z_y = logit(tl.load(X + base + at_y), inner, outer, Scales, CAPPED)
+        z_y = tl.where(inside, logit(tl.load(X + base + at_y), inner, outer, Scales, CAPPED), float("-inf"))
 
         top = tl.full((LANES,), LOW, tl.float32)  # per lane: maximum, sum and moment over the classes but the label's
         total = tl.zeros((LANES,), dtype=tl.float32)
@@ -213,12 +213,15 @@ def liger_cross_entropy_kernel(
                 share = tl.where(live, share, 0.0)
             if dEntropy is not None:
                 slope = tl.where(live, d_entropy / whole, 0.0)
+            near, far = inner, outer
+            if Scales is not None:  # a scale that is not finite makes no NaN of a row without a gradient
+                near, far = tl.where(live, inner, 0.0), tl.where(live, outer, 1.0)
             d_base = int64(row) * d_stride
             for start in range(0, V, LANES * VEC):
                 cols = start + lane
                 mask = cols < V
                 x = tl.load(X + base + cols, mask=cols < n_read, other=0.0, eviction_policy="evict_first")
-                z = logit(x, inner, outer, Scales, CAPPED)
+                z = logit(x, near, far, Scales, CAPPED)
                 e = exp(z - most)
                 if dEntropy is not None:
                     dz = e * d_p - tl.where(e > 0.0, e * (z - most), 0.0) * slope
@@ -226,12 +229,12 @@ def liger_cross_entropy_kernel(
                     dz = e * d_p
                 if SMOOTHING != 0.0:
                     if W is not None:
-                        dz -= share * tl.load(W + cols, mask=mask, other=0.0)
+                        dz -= share * tl.load(W + cols, mask=cols < n_read, other=0.0)
                     else:
                         dz -= share
                 if (y >= start) & (y < start + LANES * VEC):
                     dz = tl.where(cols == y, d_y, dz)
-                dz = chain(dz, z, inner, outer, Scales, CAPPED)
+                dz = chain(dz, z, near, far, Scales, CAPPED)
                 tl.store(dX + d_base + cols, dz.to(dX.dtype.element_ty), mask=mask, cache_modifier=".cs")
 
 

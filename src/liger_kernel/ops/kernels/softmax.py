@@ -109,7 +109,7 @@ def _choose(rows, cols, device, live):
 def _choose_forward(rows, cols, x):
     tiles, backend = _choose(rows, cols, x.device, live=2), device_of(x.device)
     lanes = tiles.num_warps * backend.warp_width
-    if tiles.loop or not backend.threads or x.element_size() > 2 or tiles.rows * tiles.block < 32 * lanes:
+    if tiles.loop or not backend.threads or x.element_size() > 2 or lanes < 1024 or tiles.block < 32 * lanes:
         return tiles
     # Such a program fills a core, and the memory rests while it computes. Three that walk, of half the warps, do not
     # leave it idle: 3.18 TB/s, with the next row under way 3.54, walking 3.90 (H200 bf16, 8192x32768, 2026-11-29).
