@@ -171,7 +171,7 @@ def _wanted() -> str | None:
 
 def forced() -> bool:
     """Whether an implementation was asked for, for every op."""
-    return _forced is not None and _forced not in (*_DEFAULT, *_ELSEWHERE)
+    return _forced is not None and _forced not in _DEFAULT and _forced not in _ELSEWHERE
 
 
 def known_impl(name: str | None, asked: str = "LIGER_KERNEL_IMPL") -> str | None:
