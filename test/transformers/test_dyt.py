@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from liger_kernel import backends
-from liger_kernel.ops.dyt import liger_dyt_bwd, liger_dyt_fwd
+from liger_kernel.ops.dyt import liger_dyt_bwd, liger_dyt_fwd, reference
 from liger_kernel.transformers import LigerDyT
 from liger_kernel.transformers.functional import liger_dyt
 
@@ -25,6 +25,17 @@ def test_small_arguments_keep_their_precision(impl, device):
     one = torch.ones(1, device=device)
     found = liger_dyt(x, one, torch.ones(64, device=device), None)
     torch.testing.assert_close(found, torch.tanh(x), rtol=1e-6, atol=0)
+
+
+def test_a_single_row_without_a_batch(impl, device):
+    """The torch pair's backward flattened dimensions that one row does not have."""
+    tensors = [torch.randn(*shape, device=device) for shape in ((8,), (1,), (8,), (8,))]
+    found, wanted = ([t.clone().requires_grad_() for t in tensors] for _ in range(2))
+    dy = torch.randn(8, device=device)
+    liger_dyt(*found).backward(dy)
+    reference(*wanted).backward(dy)
+    for ours, theirs in zip(found, wanted):
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_helpers_have_upstreams_results(impl, device):

@@ -115,6 +115,16 @@ def test_frozen_weight_gets_no_gradient_and_no_work(impl, device, monkeypatch):
     assert torch.equal(frozen, x.grad)
 
 
+def test_a_single_row_without_a_batch(impl, device):
+    """The torch pair's backward flattened dimensions that one row does not have."""
+    found, wanted = ([t.clone().requires_grad_() for t in torch.randn(3, 8, device=device)] for _ in range(2))
+    dy = torch.randn(8, device=device)
+    liger_gated_rms_norm(*found, 1e-6, gate_first=False).backward(dy)
+    room.reference(*wanted).backward(dy)
+    for ours, theirs in zip(found, wanted):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 def test_no_rows_give_a_zero_weight_gradient(impl, device):
     x, gate = (torch.empty(0, 8, device=device, requires_grad=True) for _ in range(2))
     w = torch.ones(8, device=device, requires_grad=True)
