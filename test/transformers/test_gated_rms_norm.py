@@ -117,8 +117,8 @@ def test_frozen_weight_gets_no_gradient_and_no_work(impl, device, monkeypatch):
 
 def test_a_single_row_without_a_batch(impl, device):
     """The torch pair's backward flattened dimensions that one row does not have."""
-    found, wanted = ([t.clone().requires_grad_() for t in torch.randn(3, 8, device=device)] for _ in range(2))
-    dy = torch.randn(8, device=device)
+    tensors, dy = torch.randn(3, 8, device=device), torch.randn(8, device=device)
+    found, wanted = ([t.clone().requires_grad_() for t in tensors] for _ in range(2))
     liger_gated_rms_norm(*found, 1e-6, gate_first=False).backward(dy)
     room.reference(*wanted).backward(dy)
     for ours, theirs in zip(found, wanted):
